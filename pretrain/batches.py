@@ -1,0 +1,236 @@
+"""Which tokens a step trains on: a function of (seed, epoch, position), whatever the ranks, micro batch or engine.
+
+An epoch is one stream: the shards in a seeded order, one behind the other. Window i of it is the tokens
+[i·T, i·T + T + 1), so every token but the first is a target once, across documents and across shards. A window belongs
+to the shard its first token lies in; inside a group of `shuffle_shards` shards the windows are taken in a seeded order.
+A resume needs three integers and reads nothing again.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from pretrain.errors import ShardError
+from pretrain.shards import Shard
+
+MAX_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and a process often has 1024
+
+
+@dataclass(frozen=True)
+class Position:
+    """What has been taken so far; the beginning of a run is all zeros."""
+
+    epoch: int = 0
+    shard: int = 0
+    """Index in the epoch's seeded order of shards."""
+    window: int = 0
+    """Windows taken since that shard's began."""
+
+
+class Batches:
+    """The batches of a run, in order.
+
+    Args:
+        shards: the training shards; their order here is part of what the seed means, so give them sorted by name.
+        seq_len: T, target tokens in a window.
+        global_size: windows in one optimizer step, over all ranks.
+        seed: of the order of shards and windows.
+        shuffle_shards: consecutive shards whose windows are shuffled together.
+
+    Raises:
+        ShardError: the shards hold fewer windows than one step takes.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], *, seq_len: int, global_size: int, seed: int, shuffle_shards: int = 1
+    ) -> None:
+        self.shards = tuple(shards)
+        self.seq_len = seq_len
+        self.global_size = global_size
+        self.seed = seed
+        self.shuffle_shards = shuffle_shards
+        self.n_tokens = sum(shard.n_tokens for shard in self.shards)
+        self.windows_per_epoch = max(self.n_tokens - 1, 0) // seq_len
+        if self.windows_per_epoch < global_size:
+            raise ShardError(
+                f"{len(self.shards)} shards of {self.n_tokens} tokens in all give {self.windows_per_epoch} windows of "
+                f"model.seq_len {seq_len}, fewer than one step of batch.global_size {global_size} takes",
+                f"give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
+            )
+        self._epoch_cache: _Epoch | None = None
+        self._reader = _Reader(self.shards)
+
+    def files_processed(self, position: Position) -> int:
+        """Shards taken to the end since the run began."""
+        return position.epoch * len(self.shards) + position.shard
+
+    def take(self, position: Position, rank: int, world_size: int) -> tuple[np.ndarray, Position]:
+        """One rank's windows of the step at `position`, and the position after the step.
+
+        Returns:
+            tokens (global_size // world_size, seq_len + 1) int64: inputs are [:, :-1], targets [:, 1:]. Ranks hold
+            contiguous parts of the global batch, rank 0 the first.
+
+        Raises:
+            ValueError: global_size is not divisible by world_size, or a position that this data doesn't have.
+        """
+        if self.global_size % world_size or not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} can't split a global batch of {self.global_size}")
+        count = self.global_size // world_size
+        batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
+        epoch = self._epoch(position.epoch)
+        taken = epoch.taken(position) + rank * count
+        for row in range(count):
+            if taken >= self.windows_per_epoch:
+                # A step may cross the end of an epoch: it goes on with the next one's first windows.
+                epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
+            self._reader.read(epoch, epoch.window(taken) * self.seq_len, batch[row])
+            taken += 1
+        return batch, self._advance(position)
+
+    def stream(
+        self, position: Position, rank: int, world_size: int, prefetch: int = 4
+    ) -> Generator[tuple[np.ndarray, Position], None, None]:
+        """`take` for ever, read up to `prefetch` steps ahead by a background thread.
+
+        The thread ends when the generator is closed; what it raises is raised here.
+        """
+        ready: queue.SimpleQueue[tuple[np.ndarray, Position] | Exception] = queue.SimpleQueue()
+        room = threading.Semaphore(max(prefetch, 1))
+        closed = threading.Event()
+
+        def read_ahead(position: Position) -> None:
+            try:
+                while room.acquire() and not closed.is_set():
+                    batch, position = self.take(position, rank, world_size)
+                    ready.put((batch, position))
+            except Exception as error:  # noqa: BLE001 - raised again where the batches are consumed
+                ready.put(error)
+
+        reader = threading.Thread(target=read_ahead, args=(position,), name="read-ahead", daemon=True)
+        reader.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, Exception):
+                    raise item
+                room.release()
+                yield item
+        finally:
+            closed.set()
+            room.release()
+            reader.join()
+
+    def _advance(self, position: Position) -> Position:
+        """The position one step later; it names the shard whose windows come next."""
+        epoch = self._epoch(position.epoch)
+        taken = epoch.taken(position) + self.global_size
+        if taken >= self.windows_per_epoch:
+            epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
+        return epoch.position(taken)
+
+    def _epoch(self, number: int) -> _Epoch:
+        # One is kept: the read-ahead thread and a caller may both replace it, and either result is right.
+        epoch = self._epoch_cache
+        if epoch is None or epoch.number != number:
+            epoch = _Epoch(self, number)
+            self._epoch_cache = epoch
+        return epoch
+
+
+class _Epoch:
+    """One epoch's seeded order."""
+
+    def __init__(self, batches: Batches, number: int) -> None:
+        self.number = number
+        self.order = _shuffled(len(batches.shards), batches.seed, number, 0)
+        lengths = np.array([batches.shards[index].n_tokens for index in self.order], dtype=np.int64)
+        self.starts = np.concatenate([[0], np.cumsum(lengths)])  # (n_shards + 1,) first token of each shard
+        # (n_shards + 1,) windows that begin before each shard: also how many are taken when its turn comes
+        self.bounds = np.minimum(-(-self.starts // batches.seq_len), batches.windows_per_epoch)
+        self._seed = batches.seed
+        self._group_size = batches.shuffle_shards
+        self._group: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, dtype=np.int64))
+
+    def taken(self, position: Position) -> int:
+        """Windows of this epoch taken before `position`."""
+        n_shards = len(self.order)
+        is_here = 0 <= position.shard < n_shards
+        if not is_here or not 0 <= position.window <= self.bounds[-1] - self.bounds[position.shard]:
+            raise ValueError(f"{position} is not in an epoch of {n_shards} shards and {self.bounds[-1]} windows")
+        return int(self.bounds[position.shard]) + position.window
+
+    def position(self, taken: int) -> Position:
+        """The reverse of `taken`; a shard too short for a window of its own is passed over."""
+        shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
+        return Position(self.number, shard, taken - int(self.bounds[shard]))
+
+    def window(self, taken: int) -> int:
+        """Index in the stream of the window taken after `taken` others."""
+        shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
+        group = shard // self._group_size
+        current, first, shuffled = self._group
+        if current != group:
+            first = int(self.bounds[group * self._group_size])
+            end = int(self.bounds[min((group + 1) * self._group_size, len(self.order))])
+            shuffled = _shuffled(end - first, self._seed, self.number, group + 1)
+            self._group = (group, first, shuffled)
+        return first + int(shuffled[taken - first])
+
+
+class _Reader:
+    """Tokens of an epoch's stream out of the memory-mapped shards."""
+
+    def __init__(self, shards: tuple[Shard, ...]) -> None:
+        self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda index: shards[index].tokens())
+
+    def read(self, epoch: _Epoch, start: int, out: np.ndarray) -> None:
+        """Fill `out` (n,) with the tokens [start, start + n) of the epoch's stream."""
+        shard = int(np.searchsorted(epoch.starts, start, side="right")) - 1
+        filled = 0
+        while filled < len(out):
+            offset = start + filled - int(epoch.starts[shard])
+            piece = self._tokens(int(epoch.order[shard]))[offset : offset + len(out) - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1
+
+
+def validation_batches(shards: Sequence[Shard], seq_len: int, n_sequences: int) -> np.ndarray:
+    """The first `n_sequences` windows in the order given, or all where there are fewer: (n, seq_len + 1) int64.
+
+    Raises:
+        ShardError: not even one window.
+    """
+    n_tokens = sum(shard.n_tokens for shard in shards)
+    count = min(n_sequences, (n_tokens - 1) // seq_len)
+    if count < 1:
+        raise ShardError(
+            f"{len(shards)} validation shards of {n_tokens} tokens give no window of model.seq_len {seq_len}",
+            f"give data.val_source at least {seq_len + 1} tokens, or leave it empty",
+        )
+    stream: list[np.ndarray] = []
+    held = 0
+    for shard in shards:
+        stream.append(shard.tokens()[: count * seq_len + 1 - held])
+        held += len(stream[-1])
+        if held > count * seq_len:
+            break
+    tokens = np.concatenate(stream).astype(np.int64)
+    return np.stack([tokens[first : first + seq_len + 1] for first in range(0, count * seq_len, seq_len)])
+
+
+def _shuffled(count: int, *key: int) -> np.ndarray:
+    """A permutation of range(count) (count,) int64 that depends on `key` alone.
+
+    Sorting raw bits rather than calling `Generator.permutation`: numpy promises the bits of PCG64 for ever, but may
+    change what its generators make of them, and a resume would then go on in another order.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([part % 2**64 for part in key])).random_raw(count)
+    return np.argsort(bits, kind="stable")

@@ -1,0 +1,221 @@
+"""One checkpoint as a folder: take a snapshot, write it, verify it, read it back.
+
+    model-0000k-of-N.safetensors + index   fp32 master weights, canonical names, full shapes
+    optimizer-0000k-of-N.safetensors       exp_avg/NAME, exp_avg_sq/NAME
+    config.yaml  metadata.json  training_metrics.json  trainer_state.json  tokenizer.json (if known)
+    manifest.json                          written last, by rename. No manifest, no checkpoint.
+
+N is the number of ranks that shared the writing; nothing else in a checkpoint depends on it, nor on the engine.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pretrain.checkpoint_manifest import MANIFEST_FILE, FileEntry, Manifest
+from pretrain.engine.base import ADAM_MOMENTS, ParameterState
+from pretrain.errors import CheckpointError, StorageError
+from pretrain.files import crc32c_of_bytes, crc32c_of_file, new_file, sync
+
+INDEX_FILE = "model.safetensors.index.json"
+
+
+def part_name(kind: str, rank: int, world_size: int) -> str:
+    """File of one rank's share: kind is "model" or "optimizer"."""
+    return f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+
+
+@dataclass
+class Snapshot:
+    """One rank's share of the tensors, copied to host memory, and who has which weight.
+
+    Args:
+        weights: fp32 by canonical name.
+        moments: fp32 by "exp_avg/NAME" and "exp_avg_sq/NAME".
+        weight_map: canonical name -> file, of all ranks.
+        total_bytes: of all weights, for the index.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    weight_map: dict[str, str] = field(default_factory=dict)
+    total_bytes: int = 0
+
+    def index(self) -> str:
+        """model.safetensors.index.json, in the form that transformers and others read."""
+        tree = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
+        return json.dumps(tree, indent=1) + "\n"
+
+
+def take_snapshot(states: Iterable[tuple[str, ParameterState]], rank: int, world_size: int) -> Snapshot:
+    """Copy this rank's share of the parameters to host memory: all that a save makes the training wait for.
+
+    Each parameter goes to the rank with the fewest bytes so far, so every rank knows who writes what without asking.
+    """
+    snapshot = Snapshot()
+    load = [0] * world_size
+    for name, state in states:
+        owner = load.index(min(load))
+        size = state["weight"].numel() * state["weight"].element_size()
+        load[owner] += size
+        snapshot.total_bytes += size
+        snapshot.weight_map[name] = part_name("model", owner, world_size)
+        if owner == rank:
+            snapshot.weights[name] = _host_copy(state["weight"])
+            for moment in ADAM_MOMENTS:
+                snapshot.moments[f"{moment}/{name}"] = _host_copy(state[moment])
+    return snapshot
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", dtype=torch.float32, copy=True).contiguous()
+
+
+def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) -> dict[str, FileEntry]:
+    """Write this rank's two files, synced to disk.
+
+    Raises:
+        StorageError: the folder can't be written or the disk is full.
+    """
+    entries = {}
+    for kind, tensors in (("model", snapshot.weights), ("optimizer", snapshot.moments)):
+        path = folder / part_name(kind, rank, world_size)
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+            sync(path)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise _write_error(path, error) from error
+        entries[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
+    return entries
+
+
+def write_documents(documents: Mapping[str, str], folder: Path) -> dict[str, FileEntry]:
+    """Write the small text files of a checkpoint, synced to disk; raises as `write_parts`."""
+    entries = {}
+    for name, text in documents.items():
+        data = text.encode()
+        with new_file(folder / name) as file:
+            file.write(data)
+        entries[name] = FileEntry(len(data), crc32c_of_bytes(data))
+    return entries
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Commit the folder: from this rename on it is a checkpoint; raises as `write_parts`."""
+    with new_file(folder / MANIFEST_FILE) as file:
+        file.write(manifest.to_bytes())
+
+
+def empty_folder(folder: Path) -> None:
+    """Make `folder` exist and hold nothing; what was there stops being a checkpoint first. Raises as `write_parts`."""
+    try:
+        remove_folder(folder)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint, its manifest first, so that no half of it is ever taken for a whole."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        return Manifest.from_bytes(path.read_bytes(), str(path))
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no committed checkpoint: {path.name}: {error.strerror}") from error
+
+
+def damaged_files(manifest: Manifest, folder: Path) -> list[str]:
+    """Each file of the manifest that is missing or differs in size or checksum, with what was found."""
+    problems = []
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != entry.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+        elif crc32c_of_file(path) != entry.crc32c:
+            problems.append(f"{name} differs from the manifest's crc32c")
+    return problems
+
+
+class CheckpointReader:
+    """Tensors and documents of a verified checkpoint folder, each tensor read from the file when it is asked for."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._where: dict[str, Path] = {}
+        for name in manifest.files:
+            if name.endswith(".safetensors"):
+                path = folder / name
+                with safetensors.safe_open(path, framework="pt") as part:
+                    self._where |= dict.fromkeys(part.keys(), path)
+
+    def document(self, name: str) -> dict[str, object]:
+        """A JSON document of the checkpoint."""
+        tree = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        if not isinstance(tree, dict):
+            raise CheckpointError(f"{self.folder / name} must hold an object, found {type(tree).__name__}")
+        return tree
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compare the checkpoint's parameters with the model's.
+
+        Raises:
+            CheckpointError: naming the first parameters that are missing, left over, or of another shape.
+        """
+        found = {key for key in self._where if "/" not in key}
+        problems = [f"{name} is not in the checkpoint" for name in shapes if name not in found]
+        problems += [f"{name} is not in the model" for name in sorted(found - set(shapes))]
+        for name in sorted(found & set(shapes)):
+            shape = self._shape(name)
+            if shape != shapes[name]:
+                problems.append(f"{name} is {shape} in the checkpoint and {shapes[name]} in the model")
+        if problems:
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise CheckpointError(
+                f"{self.folder.name} is of another model: {'; '.join(problems[:3])}{more}",
+                "Resume with the model section of the checkpoint's config.yaml, or start another run with --run NAME.",
+            )
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        with safetensors.safe_open(self._where[key], framework="pt") as part:
+            return tuple(part.get_slice(key).get_shape())
+
+    def parameter_state(self, name: str) -> ParameterState:
+        """The weight and the moments of one parameter, fp32 on the CPU."""
+        return {"weight": self._tensor(name), **{moment: self._tensor(f"{moment}/{name}") for moment in ADAM_MOMENTS}}
+
+    def _tensor(self, key: str) -> Tensor:
+        if key not in self._where:
+            raise CheckpointError(f"{self.folder.name} holds no tensor {key}")
+        with safetensors.safe_open(self._where[key], framework="pt") as part:
+            tensor: Tensor = part.get_tensor(key)
+            return tensor
+
+
+def _write_error(path: Path, error: Exception) -> StorageError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return StorageError(
+        f"can't write {path}: {reason}", "Free space or point --checkpoint.dir at a writable disk; the last one holds."
+    )

@@ -1,0 +1,96 @@
+"""What a run trains and validates on, fetched into this node's cache."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from pretrain import log
+from pretrain.batches import Batches, validation_batches
+from pretrain.config import DataConfig, StorageConfig
+from pretrain.progress import DataOrder
+from pretrain.ranks import Ranks
+from pretrain.shards import ShardSet, fetch_shards
+from pretrain.storage import ObjectStore, open_store
+
+TOKENIZER_FILE = "tokenizer.json"
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The tokens of a run.
+
+    Args:
+        batches: the training windows in their order.
+        order: what decides that order.
+        validation: int64 (n, seq_len + 1), this rank's share; None where there is no validation.
+        skipped_shards: names of damaged shards that were left out.
+        unigram_entropy: nats per token, where the data's manifest tells it.
+        tokenizer: the content of tokenizer.json, where it lies beside the shards.
+    """
+
+    batches: Batches
+    order: DataOrder
+    validation: np.ndarray | None
+    skipped_shards: tuple[str, ...]
+    unigram_entropy: float | None
+    tokenizer: str | None
+
+
+def fetch_corpus(
+    data: DataConfig,
+    storage: StorageConfig,
+    ranks: Ranks,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    global_size: int,
+    seed: int,
+    eval_sequences: int,
+) -> Corpus:
+    """Fetch the shards, each once per node, and lay out the order. Every rank calls it.
+
+    Args:
+        seq_len: of a window, without the target beyond its end.
+        global_size: windows in a step, over all ranks.
+        eval_sequences: windows of a validation, over all ranks.
+
+    Raises:
+        ShardError: no shards, damaged ones, too few tokens, or a vocabulary that is not the model's.
+        StorageError: the bucket or the cache can't be used.
+    """
+    store, shards = _fetch(data, storage, ranks, vocab_size)
+    batches = Batches(
+        shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
+    )
+    validation = None
+    if data.val_source:
+        val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
+        _, val_shards = _fetch(val_data, storage, ranks, vocab_size)
+        validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+    return Corpus(
+        batches=batches,
+        order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
+        validation=validation,
+        skipped_shards=shards.skipped,
+        unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
+        tokenizer=store.read_bytes(TOKENIZER_FILE).decode() if store.stat(TOKENIZER_FILE) else None,
+    )
+
+
+def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, vocab_size: int) -> tuple[ObjectStore, ShardSet]:
+    store = open_store(data.source, storage)
+    logger.info("data: %s", store.describe())
+    shards = fetch_shards(
+        store,
+        data,
+        vocab_size=vocab_size,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
+    )
+    logger.info("data: %d shards, %s tokens, %d left out", len(shards.shards), f"{shards.n_tokens:,}", len(shards.skipped))
+    return store, shards

@@ -1,0 +1,1 @@
+"""What runs forward, backward and the update: one protocol, and the engines that keep it."""

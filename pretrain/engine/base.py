@@ -1,0 +1,105 @@
+"""The protocol between the training loop and an engine, and what engines share.
+
+An engine yields and takes *named full fp32 tensors*. That is why a checkpoint knows neither ranks nor engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Of one parameter: {"weight": …, "exp_avg": …, "exp_avg_sq": …}, each fp32 and of the parameter's full shape.
+ParameterState = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Args:
+        loss: mean cross entropy of this rank's sequences, nats per token; a detached scalar on the device.
+        grad_norm: global gradient norm before clipping; inf where the gradients were not finite.
+        applied: whether the weights were updated; False where the gradients were not finite.
+    """
+
+    loss: Tensor
+    grad_norm: float
+    applied: bool
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine remembers between steps beside its tensors.
+
+    Args:
+        optimizer_steps: updates applied since the run began.
+        loss_scale: of fp16; 1 in other precisions.
+        finite_steps: finite fp16 steps since the loss scale last changed.
+    """
+
+    optimizer_steps: int = 0
+    loss_scale: float = 1.0
+    finite_steps: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in trainer_state.json."""
+        return asdict(self)
+
+
+class Engine(Protocol):
+    """What the training loop and the checkpoints ask of an engine."""
+
+    name: str
+
+    def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
+        """One optimizer step on this rank's micro-batches of tokens, each int64 (micro_size, seq_len + 1)."""
+
+    def evaluate(self, tokens: Tensor) -> float:
+        """Mean loss without dropout of int64 tokens (B, seq_len + 1), on this rank alone."""
+
+    def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
+        """Every parameter by its canonical name. A collective: every rank must go through to the end."""
+
+    def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        """Take over every parameter as `read(name)` gives it, and the state that goes with it."""
+
+    def state(self) -> EngineState:
+        """See EngineState."""
+
+
+def split_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(inputs, targets), each int64 (B, T) on the device, of windows of tokens (B, T + 1)."""
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@torch.no_grad()
+def evaluate(module: nn.Module, tokens: Tensor, device: torch.device) -> float:
+    """See Engine.evaluate."""
+    was_training = module.training
+    module.eval()
+    inputs, targets = split_targets(tokens, device)
+    loss = float(module(inputs, targets))
+    module.train(was_training)
+    return loss
+
+
+def zero_moments(optimizer: torch.optim.Optimizer, optimizer_steps: int) -> None:
+    """Give every parameter of a torch AdamW the state that its first step would create, with the step count set.
+
+    State that exists from the start can be read and written by name before any step was taken.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for moment in ADAM_MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=parameter.device)

@@ -1,0 +1,76 @@
+"""DeepSpeed's configuration: ds_config.json for what only DeepSpeed needs to know, the rest from our own config.
+
+A ds_config.json that says something else than the config is refused, so that no value has two owners. No torch here:
+the problems are reported before it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
+
+SHIPPED = Path(__file__).resolve().parents[2] / "ds_config.json"
+OWNED_BY_OPTIM = ("optimizer", "scheduler")  # built in optim.py, so that every engine has the same ones
+
+
+def derived_settings(
+    engine: EngineConfig, optim: OptimConfig, batch: BatchConfig, precision: str, world_size: int
+) -> dict[str, Any]:
+    """What the config determines of DeepSpeed's configuration."""
+    fp16 = {
+        "enabled": precision == "fp16",
+        "loss_scale": 0,
+        "initial_scale_power": max(0, int(engine.initial_loss_scale).bit_length() - 1),
+        "loss_scale_window": engine.loss_scale_window,
+        "hysteresis": 1,
+        "min_loss_scale": 1,
+    }
+    return {
+        "train_batch_size": batch.global_size,
+        "train_micro_batch_size_per_gpu": batch.micro_size,
+        "gradient_accumulation_steps": batch.accumulation(world_size),
+        "gradient_clipping": optim.clip,
+        "fp16": fp16,
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "steps_per_print": 2**31 - 1,  # our own log speaks
+    }
+
+
+def deepspeed_settings(
+    engine: EngineConfig, optim: OptimConfig, batch: BatchConfig, precision: str, world_size: int
+) -> tuple[dict[str, Any], list[str]]:
+    """(the dict for deepspeed.initialize, problems of ds_config.json)."""
+    path = Path(engine.ds_config) if engine.ds_config else SHIPPED
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        return {}, [f"engine.ds_config {path} can't be read: {error.strerror}"]
+    except json.JSONDecodeError as error:
+        return {}, [f"engine.ds_config {path} is not valid JSON: {error}"]
+    if not isinstance(settings, dict):
+        return {}, [f"engine.ds_config {path} must hold an object, found {type(settings).__name__}"]
+    problems = [
+        f"{path} sets {key!r}, which belongs to the optim section: delete it there"
+        for key in OWNED_BY_OPTIM
+        if key in settings
+    ]
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (1, 2):
+        problems.append(f"{path} asks for ZeRO stage {stage}; this engine runs stage 1 or 2")
+    derived = derived_settings(engine, optim, batch, precision, world_size)
+    problems += _contradictions(settings, derived, str(path))
+    return {**settings, **derived}, problems
+
+
+def _contradictions(settings: dict[str, Any], derived: dict[str, Any], where: str) -> list[str]:
+    """Keys of the file whose value is not the one that the config determines."""
+    problems = []
+    for key, value in derived.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            problems += _contradictions(settings[key], value, f"{where}: {key}")
+        elif key in settings and settings[key] not in (value, "auto"):
+            problems.append(f"{where} says {key} = {settings[key]}, but the config gives {value}: delete it there")
+    return problems

@@ -1,0 +1,154 @@
+"""The native engine: plain torch, one process or data parallel, with fp32 master weights in every precision.
+
+Gradients are accumulated in fp32 over the micro-batches and summed over the ranks once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.engine.base import (
+    ADAM_MOMENTS,
+    PRECISION_DTYPES,
+    EngineState,
+    ParameterState,
+    StepResult,
+    evaluate,
+    split_targets,
+    zero_moments,
+)
+from pretrain.optim import LossScale, build_adamw, parameter_groups
+
+REDUCE_BUCKET_ELEMENTS = 64 * 2**20  # 256 MiB of fp32 a message: bandwidth-bound, and small beside the model
+
+
+class NativeEngine:
+    """A model under plain torch; see engine.base.Engine for the methods.
+
+    Args:
+        model: the model, in fp32, on any device.
+        precision: fp32, bf16 or fp16.
+        world_size: ranks that share the step.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optim: OptimConfig,
+        engine: EngineConfig,
+        precision: str,
+        device: torch.device,
+        world_size: int,
+    ) -> None:
+        self._module = model.to(device)
+        self._device = device
+        self._world_size = world_size
+        self._clip = optim.clip
+        # Masters come first, so that they keep what the cast to half precision would round away.
+        self._masters = {
+            name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in model.named_parameters()
+        }
+        self._module.to(PRECISION_DTYPES[precision])
+        self._parameters: list[Tensor] = list(self._module.parameters())
+        groups = parameter_groups(self._masters.items(), optim.weight_decay)
+        self._adamw = build_adamw(groups, optim, device)
+        zero_moments(self._adamw, 0)
+        initial_scale = engine.initial_loss_scale if precision == "fp16" else 1.0
+        self._loss_scale = LossScale(initial_scale, engine.loss_scale_window)
+        self._scales_loss = precision == "fp16"
+        self._optimizer_steps = 0
+
+    def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        losses = []
+        for tokens in micro_batches:
+            loss = self._module(*split_targets(tokens, self._device))
+            losses.append(loss.detach())
+            (loss * (self._loss_scale.scale / len(micro_batches))).backward()
+            self._collect_gradients()
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        self._reduce(gradients)
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self._loss_scale.scale
+        applied = self._update(norm)
+        return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
+
+    @torch.no_grad()
+    def _collect_gradients(self) -> None:
+        """Move one micro-batch's gradients from the compute parameters to the fp32 masters."""
+        for master, parameter in zip(self._masters.values(), self._parameters, strict=True):
+            if parameter.grad is None:
+                continue
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _reduce(self, gradients: list[Tensor]) -> None:
+        """Average the gradients over the ranks, in buckets."""
+        if self._world_size == 1:
+            return
+        bucket: list[Tensor] = []
+        for number, gradient in enumerate(gradients, 1):
+            bucket.append(gradient)
+            if number == len(gradients) or sum(each.numel() for each in bucket) >= REDUCE_BUCKET_ELEMENTS:
+                flat = torch.cat([each.flatten() for each in bucket])
+                dist.all_reduce(flat)
+                flat /= self._world_size
+                for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
+                    each.copy_(part.view_as(each))
+                bucket = []
+
+    @torch.no_grad()
+    def _update(self, norm: float) -> bool:
+        """Unscale, clip and step where the norm is finite; returns whether it was."""
+        finite = norm < float("inf")  # False for NaN too
+        if finite:
+            factor = min(1.0, self._clip / (norm + 1e-6)) if self._clip else 1.0
+            factor /= self._loss_scale.scale
+            if factor != 1.0:
+                torch._foreach_mul_([m.grad for m in self._masters.values() if m.grad is not None], factor)
+            self._adamw.step()
+            self._publish()
+            self._optimizer_steps += 1
+        if self._scales_loss:
+            self._loss_scale.update(finite)
+        self._adamw.zero_grad(set_to_none=True)
+        return finite
+
+    def _publish(self) -> None:
+        """Round the masters to the compute parameters."""
+        torch._foreach_copy_(self._parameters, [master.data for master in self._masters.values()])
+
+    def evaluate(self, tokens: Tensor) -> float:
+        return evaluate(self._module, tokens, self._device)
+
+    def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
+        for name, master in self._masters.items():
+            state = self._adamw.state[master]
+            yield name, {"weight": master.detach(), **{moment: state[moment] for moment in ADAM_MOMENTS}}
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self._optimizer_steps = state.optimizer_steps
+        zero_moments(self._adamw, state.optimizer_steps)
+        for name, master in self._masters.items():
+            full = read(name)
+            master.copy_(full["weight"])
+            for moment in ADAM_MOMENTS:
+                self._adamw.state[master][moment].copy_(full[moment])
+        self._publish()
+        if self._scales_loss:
+            self._loss_scale.scale, self._loss_scale.finite_steps = state.loss_scale, state.finite_steps
+
+    def state(self) -> EngineState:
+        return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)

@@ -1,0 +1,139 @@
+"""The DeepSpeed engine: ZeRO-2 partitions gradients and optimizer state over the ranks (arXiv 1910.02054).
+
+On a CPU DeepSpeed wants a small communication op, compiled at first use; `cpu_op_problem` says why it can't be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain import log
+from pretrain.config import OptimConfig
+from pretrain.engine.base import (
+    ADAM_MOMENTS,
+    EngineState,
+    ParameterState,
+    StepResult,
+    evaluate,
+    split_targets,
+    zero_moments,
+)
+from pretrain.optim import build_adamw, parameter_groups
+
+logger = log.get(__name__)
+
+
+def prepare_import(device: torch.device) -> None:
+    """Tell DeepSpeed its device and to be quiet; it reads both from the environment when it is first imported."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def cpu_op_problem() -> str:
+    """Why DeepSpeed's communication op for CPUs can't be built on this machine, in one line; '' where it can.
+
+    The first call compiles it (about half a minute); later ones find it in torch's extension cache.
+    """
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    chatter = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(chatter):
+            ShareMemCommBuilder().load(verbose=False)
+    except (RuntimeError, OSError, ImportError) as error:  # compiler or ninja missing, headers missing, a bad build
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
+class ZeroEngine:
+    """A model under DeepSpeed ZeRO; see engine.base.Engine for the methods.
+
+    Args:
+        model: the model, in fp32, on any device.
+        settings: DeepSpeed's configuration from ds_settings.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, model: nn.Module, settings: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
+        model.to(device)
+        groups = parameter_groups(model.named_parameters(), optim.weight_decay)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                optimizer=build_adamw(groups, optim, device),
+                config=settings,
+                dist_init_required=False,
+            )
+        self._device = device
+        self._zero = self._engine.optimizer
+        self._optimizer_steps = 0
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Create the flat optimizer state and link it to the parameters.
+
+        DeepSpeed links by itself after the first parameter group's first step, when later groups have no state yet and
+        read as missing; done here, before any step, every group has it.
+        """
+        zero_moments(self._zero.optimizer, self._optimizer_steps)
+        self._zero._hp_optimizer_states_linked = False
+        self._zero._lazy_init_hp_params_optimizer_state()
+
+    def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        losses = []
+        for tokens in micro_batches:
+            loss = self._engine(*split_targets(tokens, self._device))
+            losses.append(loss.detach())
+            self._engine.backward(loss)
+            self._engine.step()  # DeepSpeed updates at the last micro-batch, and only counts before it
+        applied = self._engine.was_step_applied()
+        self._optimizer_steps += applied
+        norm = self._engine.get_global_grad_norm()
+        return StepResult(torch.stack(losses).mean(), float("inf") if norm is None else float(norm), applied)
+
+    def evaluate(self, tokens: Tensor) -> float:
+        return evaluate(self._engine.module, tokens, self._device)
+
+    def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        for name, parameter in self._engine.module.named_parameters():
+            moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in ADAM_MOMENTS}
+            yield name, {"weight": safe_get_full_fp32_param(parameter), **moments}
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._optimizer_steps = state.optimizer_steps
+        self._link_states()
+        for name, parameter in self._engine.module.named_parameters():
+            full = {key: tensor.to(self._device) for key, tensor in read(name).items()}
+            parameter.copy_(full["weight"])
+            safe_set_full_fp32_param(parameter, full["weight"])
+            for moment in ADAM_MOMENTS:
+                safe_set_full_optimizer_state(parameter, full[moment], moment)
+        scaler = self._zero.loss_scaler
+        if scaler.dynamic:
+            # cur_iter counts the steps since last_overflow_iter = -1: exactly `finite_steps` of them were finite.
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state.loss_scale, state.finite_steps, -1
+
+    def state(self) -> EngineState:
+        scaler = self._zero.loss_scaler
+        finite = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if scaler.dynamic else 0
+        return EngineState(self._optimizer_steps, float(scaler.loss_scale), finite)

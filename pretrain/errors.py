@@ -1,0 +1,80 @@
+"""The errors a user can meet: one line that says what is wrong and where, the mend, and an exit code.
+
+Exit codes are a contract with launchers and supervisors:
+0 done · 2 config · 3 data · 4 storage · 5 checkpoint · 6 diverged · 75 stopped by a signal after saving.
+"""
+
+from __future__ import annotations
+
+EXIT_DONE = 0
+EXIT_UNEXPECTED = 1
+EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: nothing is wrong, start me again
+
+
+class TrainerError(Exception):
+    """Base of every expected error.
+
+    Args:
+        what: what is wrong and where, without a full stop at the end.
+        mend: what the user can do about it.
+    """
+
+    exit_code = EXIT_UNEXPECTED
+    kind = "error"
+    shared = False  # set where every rank raises the same error, so that only the first one prints it
+
+    def __init__(self, what: str, mend: str = "") -> None:
+        self.what = what.rstrip(".")
+        self.mend = mend
+        super().__init__(f"{self.what}. {mend}".strip() if mend else self.what)
+
+    def line(self) -> str:
+        """The one line a user reads: kind, what is wrong, and the mend."""
+        return f"{self.kind}: {' '.join(str(self).split())}"
+
+
+class ConfigError(TrainerError):
+    """The settings can't work together or on this machine; ``problems`` holds every one found."""
+
+    exit_code = 2
+    kind = "config error"
+
+    def __init__(self, what: str | list[str], mend: str = "") -> None:
+        self.problems = [what] if isinstance(what, str) else list(what)
+        super().__init__("; ".join(self.problems), mend)
+
+    def line(self) -> str:
+        """One line for one problem; for several, one line each under a count."""
+        if len(self.problems) == 1:
+            return super().line()
+        lines = [f"{self.kind}: {len(self.problems)} problems"]
+        lines += [f"  {number}. {problem}" for number, problem in enumerate(self.problems, 1)]
+        return "\n".join(lines + ([f"  {self.mend}"] if self.mend else []))
+
+
+class ShardError(TrainerError):
+    """A shard or a set of shards can't be trained on."""
+
+    exit_code = 3
+    kind = "data error"
+
+
+class StorageError(TrainerError):
+    """A bucket, an object or a disk could not be read or written."""
+
+    exit_code = 4
+    kind = "storage error"
+
+
+class CheckpointError(TrainerError):
+    """No checkpoint to resume from, a damaged one, or a run that somebody else is writing."""
+
+    exit_code = 5
+    kind = "checkpoint error"
+
+
+class DivergenceError(TrainerError):
+    """The loss or the gradients stopped being finite and stayed so."""
+
+    exit_code = 6
+    kind = "diverged"

@@ -1,0 +1,317 @@
+"""Keeps the checkpoints of a run: saves them behind the training, hands them to the uploads, and finds them again.
+
+The training waits only for the copy to host memory. One background thread of each rank writes and commits locally,
+another (uploads.py) uploads and commits in the bucket; each has a gloo group of its own to agree with its peers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain import log
+from pretrain.checkpoint import (
+    INDEX_FILE,
+    CheckpointReader,
+    Snapshot,
+    damaged_files,
+    empty_folder,
+    read_manifest,
+    remove_folder,
+    take_snapshot,
+    write_documents,
+    write_manifest,
+    write_parts,
+)
+from pretrain.checkpoint_manifest import CheckpointName, FileEntry, Manifest
+from pretrain.config import CheckpointConfig, StorageConfig
+from pretrain.discovery import AUTO, Inventory, choose, damaged_objects, fetch, take_inventory
+from pretrain.engine.base import Engine
+from pretrain.errors import CheckpointError, StorageError
+from pretrain.ranks import Ranks, background_group, exchange
+from pretrain.storage import open_store
+from pretrain.uploads import UploadJob, UploadQueue, list_commits
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """A snapshot on its way to the disk."""
+
+    name: CheckpointName
+    sequence: int
+    snapshot: Snapshot
+    documents: Mapping[str, str]
+
+
+class Keeper:
+    """All checkpoints of one run, as one rank sees them. Every rank makes the same calls in the same order.
+
+    Args:
+        config: the checkpoint section.
+        storage: how patiently the bucket is used.
+        run_name: folder of the run, here and in the bucket.
+    """
+
+    def __init__(self, config: CheckpointConfig, storage: StorageConfig, run_name: str, ranks: Ranks) -> None:
+        self._config = config
+        self._ranks = ranks
+        self._run_name = run_name
+        self._folder = Path(config.dir) / run_name
+        self._store = open_store(config.url, storage) if config.url else None
+        self._attempt = ranks.from_first({"id": uuid.uuid4().hex[:12]})["id"]
+        self._group = background_group()
+        upload_group = background_group()
+        self._inventory = self._take_inventory()
+        self._sequence = self._inventory.last_sequence
+        self._last_saved_step = 0
+        self._saved: list[CheckpointName] = []
+        self._failure: BaseException | None = None
+        self._events: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._uploads: UploadQueue | None = None
+        if self._store:
+            self._uploads = UploadQueue(
+                self._store,
+                run_name,
+                self._inventory.bucket,
+                keep=config.keep,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                group=upload_group,
+                workers=storage.upload_workers,
+                on_commit=self._committed_in_bucket,
+                on_failure=lambda name, problem: self._events.put(("upload_failed", {"name": name, "problem": problem})),
+            )
+        self._jobs: queue.Queue[SaveJob | None] = queue.Queue(maxsize=1)
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    # ---- finding ----
+
+    def _take_inventory(self) -> Inventory:
+        """Rank 0's inventory; the other ranks need only its last sequence, and an error for all if there is one."""
+        found: list[Inventory] = []
+
+        def look() -> dict[str, int]:
+            found.append(take_inventory(self._folder, self._store, self._run_name))
+            return {"last_sequence": found[0].last_sequence}
+
+        answer = self._ranks.decided_by_first(look)
+        if found:
+            return found[0]
+        placeholder = Manifest(CheckpointName(0, 0, 0), "-", answer["last_sequence"], {})
+        return Inventory({placeholder.name: placeholder}, {}, {})
+
+    def resume(self) -> CheckpointReader | None:
+        """The checkpoint to go on from, verified and complete on this node; None to start afresh.
+
+        Raises:
+            CheckpointError: nothing to resume from where that was asked for, or an existing run would be overwritten.
+            StorageError: the bucket can't be read.
+        """
+        answer = self._ranks.decided_by_first(self._decide_resume)
+        if not answer["manifest"]:
+            return None
+        manifest = Manifest.from_bytes(answer["manifest"].encode(), "the manifest of rank 0")
+        folder = self._folder / str(manifest.name)
+        if self._ranks.local_rank == 0 and not self._ranks.is_first:
+            self._complete_on_this_node(manifest, folder)
+        self._ranks.barrier()
+        return CheckpointReader(folder, manifest)
+
+    def _decide_resume(self) -> dict[str, str]:
+        if not self._config.resume:
+            if not self._inventory.is_empty:
+                newest = max((m for m, _ in self._inventory.newest_first()), key=lambda m: m.sequence, default=None)
+                raise CheckpointError(
+                    f"run {self._run_name} already has checkpoints (newest: {newest.name if newest else 'damaged'})",
+                    "Go on with --resume auto, or start another with --run NAME.",
+                )
+            return {"manifest": ""}
+        chosen = choose(self._inventory, self._config.resume, self._folder, self._store, self._run_name)
+        if chosen is None:
+            logger.info("--resume %s: run %s has no checkpoint yet, starting afresh", AUTO, self._run_name)
+            return {"manifest": ""}
+        return {"manifest": chosen.to_bytes().decode()}
+
+    def _complete_on_this_node(self, manifest: Manifest, folder: Path) -> None:
+        """Bring rank 0's choice to another node, unless its disk is shared or has it already."""
+        try:
+            if read_manifest(folder) == manifest and not damaged_files(manifest, folder):
+                return
+        except CheckpointError:
+            logger.info("%s is not on this node yet", manifest.name)
+        if problems := fetch(manifest, folder, self._store, self._run_name):
+            raise CheckpointError(f"{manifest.name} can't be completed on this node: {'; '.join(problems[:3])}")
+
+    def upload_leftovers(self) -> None:
+        """Queue the local checkpoints that an earlier process committed here and not in the bucket, oldest first."""
+        if not self._uploads:
+            return
+        known = self._inventory.bucket
+        left = []
+        for manifest, is_local in self._inventory.newest_first():
+            commit = known.get(manifest.name)
+            in_bucket = commit and commit.manifest and commit.manifest.sequence >= manifest.sequence
+            if is_local and not in_bucket and not damaged_files(manifest, self._folder / str(manifest.name)):
+                left.append(manifest.to_bytes().decode())
+        answer = self._ranks.from_first({"left": left[::-1]})
+        for text in answer["left"]:
+            manifest = Manifest.from_bytes(text.encode(), "the manifest of rank 0")
+            files = tuple(manifest.files) if self._ranks.is_first else ()
+            if self._ranks.is_first:
+                logger.info("%s was not uploaded before: queued", manifest.name)
+            self._uploads.put(UploadJob(manifest, self._folder / str(manifest.name), files))
+
+    # ---- saving ----
+
+    def save(self, name: CheckpointName, engine: Engine, documents: Mapping[str, str]) -> float:
+        """Take a snapshot and write it behind the training.
+
+        Args:
+            documents: file name -> text; rank 0 writes them.
+
+        Returns:
+            Milliseconds that the training waited.
+        """
+        started = time.perf_counter()
+        snapshot = take_snapshot(engine.parameter_states(), self._ranks.rank, self._ranks.world_size)
+        self._sequence += 1
+        self._last_saved_step = name.step
+        self._jobs.put(SaveJob(name, self._sequence, snapshot, documents))
+        if not self._config.background_upload:
+            self.wait()
+        return (time.perf_counter() - started) * 1e3
+
+    @property
+    def last_saved_step(self) -> int:
+        """Step of the last checkpoint that this process saved; 0 where it saved none."""
+        return self._last_saved_step
+
+    @property
+    def committed(self) -> list[str]:
+        """Names committed by this process where they are to be kept: in the bucket, or locally where there is none."""
+        names = [manifest.name for manifest in self._uploads.committed] if self._uploads else self._saved
+        return [str(name) for name in names]
+
+    @property
+    def uploads_failed(self) -> list[str]:
+        """Names whose upload failed; they are still here and the next start uploads them."""
+        return list(self._uploads.failed) if self._uploads else []
+
+    def verified(self) -> list[str]:
+        """Names of the checkpoints in the bucket, or locally where there is none, that verify now; for rank 0."""
+        if self._store is None:
+            local = take_inventory(self._folder, None, self._run_name).local
+            return [str(name) for name, m in local.items() if not damaged_files(m, self._folder / str(name))]
+        commits = list_commits(self._store, self._run_name)
+        manifests = [commit.manifest for commit in commits.values() if commit.manifest]
+        return [str(m.name) for m in manifests if not damaged_objects(m, self._store, self._run_name)]
+
+    def events(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What happened in the background since the last call: (kind, fields)."""
+        while not self._events.empty():
+            yield self._events.get()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background and must stop the run.
+
+        Raises:
+            StorageError: a checkpoint could not be written.
+            CheckpointError: somebody else is writing this run.
+        """
+        failure = self._failure or (self._uploads.failure if self._uploads else None)
+        if failure:
+            raise failure
+
+    def wait(self) -> None:
+        """Until everything saved so far is written, and uploaded or given up."""
+        self._jobs.join()
+        if self._uploads:
+            self._uploads.wait()
+
+    def close(self) -> None:
+        """Finish what was begun and end the threads."""
+        self._jobs.put(None)
+        self._thread.join()
+        if self._uploads:
+            self._uploads.close()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                if self._failure is None:
+                    self._commit_locally(job)
+            except Exception as error:  # noqa: BLE001 (a thread's error must reach the loop, whatever it is)
+                self._failure = error
+            finally:
+                self._jobs.task_done()
+        self._jobs.task_done()
+
+    def _commit_locally(self, job: SaveJob) -> None:
+        """Write this rank's files; when all ranks have, rank 0 commits; then every rank queues its upload."""
+        folder = self._folder / str(job.name)
+        self._together(lambda: self._first(lambda: empty_folder(folder)))
+        answers = self._together(lambda: self._write(job, folder))
+        files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
+        manifest = Manifest(job.name, self._attempt, job.sequence, files)
+        self._together(lambda: self._first(lambda: write_manifest(manifest, folder)))
+        self._saved.append(job.name)
+        self._events.put(("checkpoint_saved", {"name": str(job.name), "bytes": manifest.total_bytes}))
+        if self._uploads:
+            self._uploads.put(UploadJob(manifest, folder, tuple(answers[self._ranks.rank])))
+        else:
+            self._prune_local()
+
+    def _first(self, action: Callable[[], None]) -> dict[str, FileEntry]:
+        if self._ranks.is_first:
+            action()
+        return {}
+
+    def _write(self, job: SaveJob, folder: Path) -> dict[str, FileEntry]:
+        folder.mkdir(parents=True, exist_ok=True)  # on other nodes there is none yet
+        entries = write_parts(job.snapshot, folder, self._ranks.rank, self._ranks.world_size)
+        if self._ranks.is_first:
+            entries |= write_documents({**job.documents, INDEX_FILE: job.snapshot.index()}, folder)
+        return entries
+
+    def _together(self, action: Callable[[], dict[str, FileEntry]]) -> list[dict[str, dict[str, Any]]]:
+        """Do one step of a save on every rank; the files each rank wrote. One rank's StorageError is every rank's."""
+        problem = mend = ""
+        files: dict[str, FileEntry] = {}
+        try:
+            files = action()
+        except StorageError as error:
+            problem, mend = error.what, error.mend
+        message = {"problem": problem, "mend": mend, "files": {name: asdict(entry) for name, entry in files.items()}}
+        answers = exchange(message, self._ranks.world_size, self._group)
+        if failed := next((answer for answer in answers if answer["problem"]), None):
+            raise StorageError(failed["problem"], failed["mend"])
+        return [answer["files"] for answer in answers]
+
+    def _committed_in_bucket(self, manifest: Manifest) -> None:
+        self._events.put(("checkpoint_committed", {"name": str(manifest.name), "bytes": manifest.total_bytes}))
+        self._prune_local()
+
+    def _prune_local(self) -> None:
+        """Remove old local checkpoints: all but the newest, and never one that is not yet where it is to be kept."""
+        if not self._config.keep or self._ranks.local_rank != 0:
+            return
+        local = sorted(take_inventory(self._folder, None, self._run_name).local.values(), key=lambda m: m.sequence)
+        for old in local[: -self._config.keep]:
+            if self._uploads is None or self._is_in_bucket(old):
+                remove_folder(self._folder / str(old.name))
+
+    def _is_in_bucket(self, manifest: Manifest) -> bool:
+        """Whether this very commit, not only one of its name, is in the bucket."""
+        before = self._inventory.bucket.get(manifest.name)
+        by_this_process = self._uploads.committed if self._uploads else []
+        commits = [*by_this_process, *([before.manifest] if before and before.manifest else [])]
+        return any(commit.name == manifest.name and commit.attempt == manifest.attempt for commit in commits)

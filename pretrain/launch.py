@@ -1,0 +1,168 @@
+"""Start the ranks of a run on this node: torchrun, with exit codes and signals that a supervisor can rely on.
+
+    python -m pretrain.launch --nproc_per_node=8 train.py --config production ...
+
+Takes torchrun's options. What torchrun does otherwise:
+- its exit code is 1 whatever happened; here it is the code of the worker that failed first (128 + n for signal n);
+- SIGTERM makes it forget how the workers ended; here it is passed on to them, and their 75 comes back. The same for
+  Ctrl+C, which doesn't reach them by itself: each worker leads a session of its own;
+- it gives each worker one thread; here the cores are shared out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+
+import psutil
+from torch.distributed import DistError
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser
+
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()}  # the worker has printed its line
+LOOPBACK = "127.0.0.1"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the ranks of this node to their end.
+
+    Args:
+        argv: torchrun's options, the script and its arguments; None: the command line.
+
+    Returns:
+        The exit code: 0, or that of the worker that failed first. 75 where a signal stopped the workers.
+    """
+    options = _parser().parse_args(argv)
+    _default_rendezvous(options)
+    ranks = determine_local_world_size(options.nproc_per_node)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
+    options.signals_to_handle = "SIGQUIT"  # the agent forgets the workers' exit codes on a signal that it handles
+    with tempfile.TemporaryDirectory(prefix="ranks_") as scratch, _pass_on_signals() as received, _quiet_agent():
+        options.log_dir = options.log_dir or scratch
+        config, command, arguments = config_from_args(options)
+        try:
+            elastic_launch(config, command)(*arguments)
+        except ChildFailedError as error:
+            return _exit_code(error.failures, received)
+        except SignalException as error:
+            return 128 + error.sigval
+        except (DistError, RendezvousError) as error:
+            return _report_rendezvous(error, options)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = get_args_parser()
+    parser.prog = "python -m pretrain.launch"
+    parser.allow_abbrev = False  # or train.py's own --run would be read as an ambiguous --run-path
+    parser.description = "Start the ranks of a run on this node; exit codes and signals pass through."
+    return parser
+
+
+def _default_rendezvous(options: argparse.Namespace) -> None:
+    """One node meets on a free loopback port of its own; several meet at --master_addr and --master_port."""
+    if options.standalone or (options.nnodes in ("1", "1:1") and not options.rdzv_endpoint):
+        options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", f"{LOOPBACK}:0", str(uuid.uuid4())
+        options.local_addr = LOOPBACK  # otherwise the host's own name must resolve, and on laptops it often doesn't
+    options.master_port = options.master_port or 29500
+
+
+@contextlib.contextmanager
+def _pass_on_signals() -> Iterator[list[int]]:
+    """Send SIGTERM, SIGINT and SIGHUP on to the workers; yields the list of what was received.
+
+    A thread does it, woken through a pipe: while the main thread waits for the other nodes inside a C++ call, no Python
+    signal handler would run.
+    """
+    received: list[int] = []
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    thread = threading.Thread(target=_forward, args=(reader, received), daemon=True)
+    thread.start()
+    wakeup = signal.set_wakeup_fd(writer.fileno())
+    handlers = {signum: signal.signal(signum, lambda _signum, _frame: None) for signum in FORWARDED}
+    try:
+        yield received
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(wakeup)
+        writer.close()
+        thread.join()
+        reader.close()
+
+
+def _forward(signals: socket.socket, received: list[int]) -> None:
+    """Pass on each signal number that comes down the pipe, until it is closed."""
+    while number := signals.recv(1):
+        signum = number[0]
+        if signum not in FORWARDED:
+            continue
+        received.append(signum)
+        workers = psutil.Process().children()
+        if not workers:  # still waiting for the other nodes
+            os._exit(EXIT_STOPPED)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.send_signal(signum)
+
+
+@contextlib.contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Keep the agent's report of a worker's end off the terminal: the worker has said it, or _exit_code will."""
+    logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(("failed (exitcode", "Sending process"))
+
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
+
+
+def _exit_code(failures: Mapping[int, ProcessFailure], received: list[int]) -> int:
+    """The launcher's exit code for workers that failed; says on stderr what no worker can have said itself."""
+    # Timestamps are whole seconds. In one second an error that explains itself wins over a rank that lost its peer.
+    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode not in ERROR_CODES))
+    code = failure.exitcode
+    if code in ERROR_CODES or code == EXIT_STOPPED:
+        return code
+    if -code in received:  # the signal came before the worker could handle it: nothing was begun, nothing is lost
+        return EXIT_STOPPED
+    if code > 0:
+        print(f"launch: rank {rank} (pid {failure.pid}) ended with exit code {code}", file=sys.stderr)
+        return code
+    hint = " (out of memory? See dmesg)" if -code == signal.SIGKILL else ""
+    name = signal.Signals(-code).name
+    print(f"launch: rank {rank} (pid {failure.pid}) was ended by {name}{hint}", file=sys.stderr)
+    return 128 - code
+
+
+def _report_rendezvous(error: Exception, options: argparse.Namespace) -> int:
+    where = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
+    cause = " ".join(str(error).split()) or type(error).__name__
+    mend = "Check MASTER_ADDR, NODE_RANK and the firewall on every node, or take another MASTER_PORT"
+    problem = ConfigError(f"the nodes could not meet at {where}: {cause}", mend)
+    print(problem.line(), file=sys.stderr)
+    return problem.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Where a run stands, and what a checkpoint says about it beside its tensors.
+
+trainer_state.json is what a resume needs; metadata.json and training_metrics.json are what people and tools read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import datetime, timezone
+from typing import Any
+
+from pretrain.batches import Position
+from pretrain.checkpoint import CheckpointReader
+from pretrain.checkpoint_manifest import CheckpointName
+from pretrain.engine.base import EngineState
+from pretrain.errors import CheckpointError
+from pretrain.history import LossTracker
+
+TRAINER_STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class DataOrder:
+    """What decides which tokens step k trains on; a resume must find the same, or its position means nothing.
+
+    Args:
+        fingerprint: of the shards' names and contents.
+        seed, seq_len, shuffle_shards: of the config.
+    """
+
+    fingerprint: str
+    seed: int
+    seq_len: int
+    shuffle_shards: int
+
+    def check(self, saved: Mapping[str, Any], checkpoint: str) -> None:
+        """Compare with the order that a checkpoint was trained in.
+
+        Raises:
+            CheckpointError: naming what differs.
+        """
+        differing = [
+            f"{field.name} was {saved.get(field.name)} and is {getattr(self, field.name)}"
+            for field in fields(self)
+            if saved.get(field.name) != getattr(self, field.name)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{checkpoint} was trained in another data order: {'; '.join(differing)}",
+                "Resume with the same shards and settings, or start another run with --run NAME.",
+            )
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands at a step boundary.
+
+    Args:
+        step: optimizer steps done, skipped updates included.
+        position: where the next step's windows begin.
+        files: shards taken to the end.
+        tokens: target tokens trained on.
+        skipped_updates: steps whose update was left out because it was not finite.
+        seconds: spent in steps, over all restarts; evaluation and waiting for checkpoints not counted.
+    """
+
+    step: int = 0
+    position: Position = Position()
+    files: int = 0
+    tokens: int = 0
+    skipped_updates: int = 0
+    seconds: float = 0.0
+
+    @property
+    def checkpoint_name(self) -> CheckpointName:
+        """The name of a checkpoint taken here."""
+        return CheckpointName(self.position.epoch, self.step, self.files)
+
+    def after_step(self, position: Position, files: int, tokens: int, applied: bool, seconds: float) -> Progress:
+        """Progress one step later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            position=position,
+            files=files,
+            tokens=self.tokens + tokens,
+            skipped_updates=self.skipped_updates + (not applied),
+            seconds=self.seconds + seconds,
+        )
+
+
+def checkpoint_documents(
+    progress: Progress, engine: EngineState, history: LossTracker, order: DataOrder, about: Mapping[str, Any]
+) -> dict[str, str]:
+    """The JSON documents of a checkpoint, by file name.
+
+    Args:
+        about: what is constant in a run (its name, the model, the machine), for metadata.json.
+    """
+    measured = history.state()
+    trainer_state = {
+        "progress": asdict(progress),
+        "engine": engine.to_json(),
+        "order": asdict(order),
+        "history": measured,
+    }
+    completed = {
+        "completed_steps": progress.step,
+        "total_epochs": progress.position.epoch,
+        "files_processed": progress.files,
+        "tokens": progress.tokens,
+    }
+    metadata = {
+        "step": progress.step,
+        "epoch": progress.position.epoch,
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **measured,
+        "training_progress": completed,
+        **about,
+    }
+    training_metrics = {"step": progress.step, **measured, "training_progress": completed}
+    trees = {TRAINER_STATE_FILE: trainer_state, "metadata.json": metadata, "training_metrics.json": training_metrics}
+    return {name: json.dumps(tree, indent=1) + "\n" for name, tree in trees.items()}
+
+
+def read_progress(reader: CheckpointReader, order: DataOrder, history: LossTracker) -> tuple[Progress, EngineState]:
+    """What a checkpoint says a resume goes on from; `history` takes over its own part.
+
+    Raises:
+        CheckpointError: the state is of another version, or of another data order.
+    """
+    tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
+    try:
+        order.check(tree["order"], reader.folder.name)
+        saved = dict(tree["progress"])
+        progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        history.restore(tree["history"])
+        return progress, EngineState(**tree["engine"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{reader.folder / TRAINER_STATE_FILE} can't be read: {type(error).__name__}: {error}",
+            "Resume with the version that wrote it, or from another checkpoint.",
+        ) from error
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """The seed of one step's randomness (dropout) on one rank; distinct for all that a run can reach."""
+    return ((seed % 2**20) << 43) + (step << 16) + rank

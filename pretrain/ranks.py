@@ -1,0 +1,148 @@
+"""The processes of a run: who they are, and the small messages they exchange on the CPU.
+
+Gradients travel inside the engine. What travels here is control: flags, mean losses, JSON. It goes over gloo, so
+that it never waits for a GPU stream, and as JSON bytes, so that nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import TrainerError
+
+BACKGROUND_TIMEOUT = timedelta(hours=24)  # a slow upload is not a dead rank; the launcher ends what is dead
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of the run.
+
+    Args:
+        rank, world_size: of all processes.
+        local_rank, local_world_size: of this node's.
+        control: gloo group for messages at step boundaries.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    control: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the rank that speaks and writes for all."""
+        return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on at least one rank. Every rank must call it."""
+        word = torch.tensor([flag], dtype=torch.int32)
+        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(word.item())
+
+    def mean(self, value: float) -> float:
+        """The mean of a value over the ranks, in float64. Every rank must call it."""
+        word = torch.tensor([value], dtype=torch.float64)
+        dist.all_reduce(word, group=self.control)
+        return word.item() / self.world_size
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        dist.barrier(group=self.control)
+
+    def exchange(self, message: Mapping[str, Any], group: dist.ProcessGroup | None = None) -> list[dict[str, Any]]:
+        """Every rank's message, in rank order, on every rank.
+
+        Args:
+            message: JSON data.
+            group: a group of `background_group` where this is called off the main thread.
+        """
+        return exchange(message, self.world_size, group or self.control)
+
+    def from_first(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Rank 0's message, on every rank."""
+        return self.exchange(message if self.is_first else {})[0]
+
+    def decided_by_first(self, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `decide` returns on rank 0, on every rank; a TrainerError it raises is raised on every rank."""
+        message: dict[str, Any] = {}
+        if self.is_first:
+            try:
+                message = {"decision": decide()}
+            except TrainerError as error:
+                message = {"kind": error.kind, "what": error.what, "mend": error.mend}
+        answer = self.from_first(message)
+        if "decision" not in answer:
+            kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
+            shared = kinds[answer["kind"]](answer["what"], answer["mend"])
+            shared.shared = True
+            raise shared
+        decision: dict[str, Any] = answer["decision"]
+        return decision
+
+
+def exchange(message: Mapping[str, Any], world_size: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
+    """All-gather of JSON messages of different lengths; see `Ranks.exchange`."""
+    payload = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+    length = torch.tensor([payload.numel()], dtype=torch.int64)
+    lengths = [torch.zeros_like(length) for _ in range(world_size)]
+    dist.all_gather(lengths, length, group=group)
+    longest = max(int(each.item()) for each in lengths)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: payload.numel()] = payload
+    payloads = [torch.zeros_like(padded) for _ in range(world_size)]
+    dist.all_gather(payloads, padded, group=group)
+    texts = (bytes(each[: int(n.item())].tolist()) for each, n in zip(payloads, lengths, strict=True))
+    return [json.loads(text) for text in texts]
+
+
+def background_group() -> dist.ProcessGroup:
+    """A gloo group of all ranks for one background thread. Every rank must call it, in the same order."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    return group
+
+
+def join(device: torch.device, timeout_minutes: int) -> Ranks:
+    """Meet the other ranks of the run, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of any launcher say.
+
+    Without a launcher this process is the only rank.
+    """
+    environment = os.environ
+    if "RANK" not in environment:
+        environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
+    local_rank, local_world_size = local_ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
+
+
+def leave(ranks: Ranks) -> None:
+    """End the process groups, all ranks together: a launcher ends the others when the first one is gone."""
+    ranks.barrier()
+    dist.destroy_process_group()
+
+
+def local_ranks() -> tuple[int, int]:
+    """(rank on this node, ranks on this node) as the launcher set them; RANK and WORLD_SIZE where it set only those."""
+    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
+    return rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

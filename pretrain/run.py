@@ -1,0 +1,144 @@
+"""A run in memory: what train.py builds, steps through and closes, and what it reports of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config import Config
+from pretrain.corpus import Corpus
+from pretrain.engine.base import Engine, StepResult
+from pretrain.hardware import GpuMonitor
+from pretrain.history import LossTracker
+from pretrain.keeper import Keeper
+from pretrain.metrics import Metrics
+from pretrain.progress import Progress
+from pretrain.ranks import Ranks
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, as this rank sees it.
+
+    Args:
+        first_step: step at which this process began.
+        flops_per_token: of training, model FLOPs.
+        peak_flops: of one rank's device, FLOP/s.
+        about: what is constant in a run, for metadata.json.
+        skipped_in_a_row: updates left out one after the other, up to now.
+        stopped: whether a signal ended the loop.
+        timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
+    """
+
+    config: Config
+    ranks: Ranks
+    corpus: Corpus
+    engine: Engine
+    keeper: Keeper
+    metrics: Metrics
+    monitor: GpuMonitor
+    history: LossTracker
+    progress: Progress
+    first_step: int
+    total_steps: int
+    flops_per_token: float
+    peak_flops: float
+    about: dict[str, Any]
+    skipped_in_a_row: int = 0
+    stopped: bool = False
+    timed_steps: int = 0
+    timed_seconds: float = 0.0
+    val_loss: float | None = None
+
+    def advance(self, progress: Progress, step_s: float, applied: bool) -> None:
+        """Take over the progress after a step of so many seconds."""
+        self.progress = progress
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        if progress.step > self.first_step + 1:
+            self.timed_steps += 1
+            self.timed_seconds += step_s
+
+    @property
+    def loss_scale(self) -> float | None:
+        """The loss scale of fp16; None in other precisions, which have none."""
+        return self.engine.state().loss_scale if self.config.train.precision == "fp16" else None
+
+    def mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilization, 0 to 1: useful FLOP/s over the peak of all devices (PaLM, appendix B)."""
+        return tokens_per_second * self.flops_per_token / (self.peak_flops * self.ranks.world_size)
+
+    def record(
+        self, result: StepResult, loss: float, lr: float, step_s: float, data_wait_s: float, val_loss: float | None
+    ) -> None:
+        """Record the step just taken.
+
+        Args:
+            loss: mean over the ranks, nats per token.
+            step_s: of the whole step, the wait for its batch included.
+            val_loss: where this step was validated.
+        """
+        progress, tokens_per_second = self.progress, self.config.tokens_per_step / step_s
+        self.history.update(progress.step, loss, lr)
+        self.metrics.record(
+            {
+                "step": progress.step,
+                "epoch": progress.position.epoch,
+                "files": progress.files,
+                "tokens": progress.tokens,
+                "loss": loss,
+                "val_loss": val_loss,
+                "lr": lr,
+                "grad_norm": result.grad_norm,
+                "loss_scale": self.loss_scale,
+                "skipped_updates": progress.skipped_updates,
+                "tokens_per_second": tokens_per_second,
+                "steps_per_second": 1 / step_s,
+                "step_ms": step_s * 1e3,
+                "data_wait_ms": data_wait_s * 1e3,
+                "mfu": self.mfu(tokens_per_second),
+                **self.monitor.sample(),
+            }
+        )
+
+    def record_events(self) -> None:
+        """Record what happened to checkpoints in the background."""
+        for kind, fields in self.keeper.events():
+            self.metrics.event(kind, step=self.progress.step, **fields)
+
+    def summary(self) -> dict[str, Any]:
+        """logs/{run}/summary.json: what the run came to over all its restarts; rates are of this process."""
+        progress, keeper, checkpoint = self.progress, self.keeper, self.config.checkpoint
+        speed = self.timed_steps * self.config.tokens_per_step / self.timed_seconds if self.timed_steps else None
+        return {
+            "finished": not self.stopped,
+            "steps": progress.step,
+            "steps_of_this_process": progress.step - self.first_step,
+            "tokens": progress.tokens,
+            "files_processed": progress.files,
+            "shards_skipped": len(self.corpus.skipped_shards),
+            "skipped_shard_names": list(self.corpus.skipped_shards),
+            "updates_skipped": progress.skipped_updates,
+            "first_loss": self.history.first_loss,
+            "last_loss": self.history.current_loss,
+            "val_loss": self.val_loss,
+            "unigram_entropy": self.corpus.unigram_entropy,
+            "loss_scale": self.loss_scale,
+            "tokens_per_second": speed,
+            "mfu": self.mfu(speed) if speed else None,
+            "step_seconds": progress.seconds,
+            **self.about,
+            "checkpoints_committed": len(keeper.committed),
+            "checkpoints_verified": len(keeper.verified()),
+            "uploads_failed": len(keeper.uploads_failed),
+            "checkpoints": f"{(checkpoint.url or checkpoint.dir).rstrip('/')}/{self.config.run.name}",
+            "logs": str(self.metrics.folder),
+        }
+
+    def next_commands(self) -> list[tuple[str, str]]:
+        """(what, command) that a user may want now."""
+        again = f"the same command with --run {self.config.run.name} --resume auto"
+        return [
+            ("see the curves", f"tensorboard --logdir {self.config.log.dir}"),
+            ("go on", again) if self.stopped else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
+            ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
+        ]

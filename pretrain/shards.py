@@ -1,0 +1,185 @@
+"""Shards from a store into verified, memory-mapped files of raw tokens: once per node, and only once.
+
+    shards = fetch_shards(open_store(url, config.storage), config.data, vocab_size=8192)
+    shards.shards[0].tokens()    # (n_tokens,) uint16, mapped: reading it costs no memory
+
+Each rank of a node fetches its part and then waits for its siblings' files to appear. What a shard is worth is decided
+from files that all ranks see, so that all of them train on the same set.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from pathlib import PurePosixPath
+
+from pretrain import log
+from pretrain.cache import Shard, ShardCache, digest
+from pretrain.config import DataConfig
+from pretrain.errors import ShardError, StorageError
+from pretrain.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, DataManifest
+from pretrain.storage import ObjectInfo, ObjectStore
+
+__all__ = ["Shard", "ShardSet", "fetch_shards", "read_manifest", "select_shards"]
+
+SIBLING_PATIENCE_S = 1800.0  # without any new shard; a single one takes seconds to minutes
+SIBLING_POLL_S = 0.2
+
+OnProgress = Callable[[int, int, int], None]
+"""Called with (shards ready, shards in all, bytes downloaded by this process)."""
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """What a run trains on."""
+
+    shards: tuple[Shard, ...]
+    """Sorted by name."""
+    skipped: tuple[str, ...] = ()
+    """Names left out by data.on_bad_shard=skip."""
+    manifest: DataManifest | None = None
+    """The manifest beside the shards, where there is one."""
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(shard.n_tokens for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of names and tokens: equal on every rank, and after a resume, or the batches are not the same."""
+        return digest([(shard.name, shard.n_tokens, shard.crc32c) for shard in self.shards])
+
+
+def fetch_shards(
+    store: ObjectStore,
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    local_rank: int = 0,
+    local_world_size: int = 1,
+    on_progress: OnProgress | None = None,
+) -> ShardSet:
+    """The shards of `store` that `data` names, checked and in the cache. Every rank of a node calls it.
+
+    Args:
+        vocab_size: every token id must be below it.
+        local_rank: of this process on its node, 0 to local_world_size - 1.
+
+    Raises:
+        ShardError: no shards, a damaged one (with data.on_bad_shard=stop), or a manifest that disagrees.
+        StorageError: the store or the cache folder can't be used, has no room, or a sibling rank gave up.
+    """
+    listed = store.list()
+    objects = select_shards(listed, data.pattern, data.max_files, store.url)
+    manifest = read_manifest(store, listed)
+    if manifest:
+        manifest.check_vocab_size(vocab_size, f"{store.url.rstrip('/')}/{MANIFEST_NAME}")
+    cache = ShardCache(store, data, vocab_size, manifest)
+    if local_rank == 0:
+        cache.remove_leftovers()
+    cache.check_room(objects)
+    workers = max(1, data.download_workers // local_world_size)
+    _fetch_own(cache, objects[local_rank::local_world_size], len(objects), workers, on_progress)
+    _await_siblings(cache, objects, on_progress)
+    missing = _missing_names(manifest, objects, data)
+    if missing and data.on_bad_shard == "stop":
+        raise ShardError(
+            f"{store.url}: {MANIFEST_NAME} names {len(missing)} shards that are not there, such as {missing[0]}",
+            "restore them, or write the manifest anew with scripts/download_data.py",
+        )
+    return _judge(cache, objects, missing)
+
+
+def select_shards(listed: Sequence[ObjectInfo], pattern: str, max_files: int, url: str) -> list[ObjectInfo]:
+    """The first `max_files` (0: all) `.npz` objects by name whose base name matches `pattern`.
+
+    Raises:
+        ShardError: there is none; it says what is there instead.
+    """
+    names = {info.name: PurePosixPath(info.name).name for info in listed}
+    chosen = [info for info in listed if info.name.endswith(".npz") and fnmatchcase(names[info.name], pattern)]
+    if not chosen:
+        others = ", ".join(info.name for info in listed[:3])
+        found = f"{len(listed)} other objects, such as {others}" if listed else "nothing"
+        raise ShardError(
+            f"no shards under {url}: expected .npz files that match {pattern!r}, found {found}",
+            "check data.source and data.pattern",
+        )
+    chosen.sort(key=lambda info: info.name)
+    return chosen[:max_files] if max_files else chosen
+
+
+def read_manifest(store: ObjectStore, listed: Sequence[ObjectInfo]) -> DataManifest | None:
+    """The manifest.json at the store's root, or None where the listing has none."""
+    if not any(info.name == MANIFEST_NAME for info in listed):
+        return None
+    text = store.read_bytes(MANIFEST_NAME, max_bytes=MAX_MANIFEST_BYTES)
+    return DataManifest.from_json(text, f"{store.url.rstrip('/')}/{MANIFEST_NAME}")
+
+
+def _fetch_own(
+    cache: ShardCache, own: Sequence[ObjectInfo], n_total: int, workers: int, on_progress: OnProgress | None
+) -> None:
+    """Put this rank's shards into the cache; with on_bad_shard=stop the first bad one ends it."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="fetch")
+    try:
+        futures = [pool.submit(cache.fetch, info) for info in own]
+        n_bytes = 0
+        for done, future in enumerate(as_completed(futures), 1):
+            n_bytes += future.result()
+            if on_progress:
+                on_progress(done, n_total, n_bytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _await_siblings(cache: ShardCache, objects: Sequence[ObjectInfo], on_progress: OnProgress | None) -> None:
+    """Wait until every shard is in the cache or marked bad; the limit is on the time without any progress."""
+    pending = list(objects)
+    deadline = time.monotonic() + SIBLING_PATIENCE_S
+    while True:
+        still = [info for info in pending if cache.record(info) is None and cache.bad_reason(info) is None]
+        if len(still) < len(pending):
+            deadline = time.monotonic() + SIBLING_PATIENCE_S
+            if on_progress:
+                on_progress(len(objects) - len(still), len(objects), 0)
+        if not still:
+            return
+        if time.monotonic() > deadline:
+            raise StorageError(
+                f"{len(still)} shards that other ranks of this node fetch did not appear in {cache.folder}, "
+                f"such as {still[0].name}",
+                "see the other ranks' log; all ranks of a node must see the same data.cache_dir",
+            )
+        pending = still
+        time.sleep(SIBLING_POLL_S)
+
+
+def _missing_names(manifest: DataManifest | None, objects: Sequence[ObjectInfo], data: DataConfig) -> list[str]:
+    """Shards of the manifest that the run should have found."""
+    if manifest is None:
+        return []
+    names = sorted(entry.name for entry in manifest.shards if fnmatchcase(PurePosixPath(entry.name).name, data.pattern))
+    found = {info.name for info in objects}
+    return [name for name in (names[: data.max_files] if data.max_files else names) if name not in found]
+
+
+def _judge(cache: ShardCache, objects: Sequence[ObjectInfo], missing: Sequence[str]) -> ShardSet:
+    """The set that every rank comes to from what lies in the cache."""
+    shards: list[Shard] = []
+    skipped = list(missing)
+    for info in objects:
+        try:
+            shards.append(cache.shard(info))
+        except ShardError as error:
+            if cache.on_bad_shard == "stop":
+                raise
+            skipped.append(info.name)
+            log.get(__name__).warning("left out: %s", error.what)
+    if not shards:
+        raise ShardError(f"all {len(objects)} shards are bad, such as {skipped[0]}", "set --data.on_bad_shard stop")
+    return ShardSet(tuple(shards), tuple(sorted(skipped)), cache.manifest)

@@ -1,0 +1,90 @@
+"""A byte-level BPE tokenizer: trained on text, saved as tokenizer.json, turned into arrays of ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from pretrain.errors import ConfigError, ShardError
+
+END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCAB = 256 + 1  # every byte, so that any text can be encoded, and the end of text
+BATCH_DOCUMENTS = 64
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE with exactly `vocab_size` ids; the same documents in the same order give the same one.
+
+    Raises:
+        ConfigError: a vocabulary too small for the 256 bytes.
+        ShardError: too little text for so many ids.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(f"vocab_size {vocab_size} is below {SMALLEST_VOCAB}", "256 bytes and the end of text are ids")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ShardError(
+            f"the text gives {tokenizer.get_vocab_size()} token ids, expected {vocab_size}",
+            "give more text or fewer ids",
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, documents: Iterable[str]) -> Iterator[np.ndarray]:
+    """Each document's ids (n_tokens,) ending with the end of text: uint16 where the vocabulary fits, else uint32.
+
+    Text that spells `<|endoftext|>` is encoded as those letters: only this function ends a document.
+    """
+    eot_id = end_of_text_id(tokenizer)
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32
+    tokenizer.encode_special_tokens = True
+    remaining = iter(documents)
+    while batch := list(islice(remaining, BATCH_DOCUMENTS)):
+        for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+            yield np.array([*encoding.ids, eot_id], dtype=dtype)
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The id that ends a document.
+
+    Raises:
+        ShardError: the tokenizer has none.
+    """
+    eot_id = tokenizer.token_to_id(END_OF_TEXT)
+    if eot_id is None:
+        raise ShardError(f"the tokenizer has no token {END_OF_TEXT}", "train one with pretrain.tokenizers.train_bpe")
+    return int(eot_id)
+
+
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write tokenizer.json, by rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+    temporary.replace(path)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read tokenizer.json.
+
+    Raises:
+        ShardError: no such file, or not a tokenizer.
+    """
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ShardError(f"can't read tokenizer {path}: {error}", "give the tokenizer.json of the shards") from error
+    except Exception as error:  # the tokenizers library raises bare Exception on JSON that is no tokenizer
+        raise ShardError(f"{path} is not a tokenizer: {error}", "give the tokenizer.json of the shards") from error

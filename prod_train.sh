@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# The real job: one process a GPU on one or several nodes. Start it again after a stop and it goes on by itself, from
+# the newest verified checkpoint.
+#
+#   CHECKPOINTS=gs://bucket/Checkpoints bash prod_train.sh
+#   bash prod_train.sh --dry-run      print the launch command and the resolved config, start nothing
+#
+#   GPUS=8                    processes on this node (without a GPU: ranks on the CPU, a rehearsal)
+#   NNODES=1  NODE_RANK=0     nodes in all, and which one this is; run this script on each of them
+#   MASTER_ADDR  MASTER_PORT  node 0's address, and a port free there (29500)
+#   DATA=data/training        shards: the folder of setup_prod.sh, or gs://bucket/prefix
+#   VAL_DATA                  validation shards
+#   CHECKPOINTS               where checkpoints are committed; unset: they stay on this machine
+#   PRECISION                 fp16, bf16 or fp32 (what the config says)
+#   CONFIG=production         configs/NAME.yaml or a path
+#   RUN                       name of the run (the config's name)
+#
+# Further arguments pass on to train.py and win. Its exit code is this script's: 75 means "start me again".
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+gpus_given="${GPUS:-}"
+GPUS="${GPUS:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
+CONFIG="${CONFIG:-production}"
+
+say() { printf 'prod_train: %s\n' "$*" >&2; }
+# die WHAT MEND
+die() {
+    printf 'prod_train error: %s. %s\n' "$1" "$2" >&2
+    exit 2
+}
+
+dry_run=false resumes=false arguments=()
+for argument in "$@"; do
+    case "$argument" in
+    --dry-run) dry_run=true && continue ;;
+    --resume | --resume=* | --checkpoint.resume | --checkpoint.resume=*) resumes=true ;;
+    esac
+    arguments+=("$argument")
+done
+
+whole='^[0-9]+$'
+[[ "$GPUS" =~ $whole && "$GPUS" -ge 1 ]] || die "GPUS=$GPUS is not a number of processes" "Give GPUS=8, say"
+[[ "$NNODES" =~ $whole && "$NNODES" -ge 1 ]] || die "NNODES=$NNODES is not a number of nodes" "Give NNODES=1, say"
+[[ "$NODE_RANK" =~ $whole && "$NODE_RANK" -lt "$NNODES" ]] || die "NODE_RANK=$NODE_RANK is not one of $NNODES nodes" \
+    "Number the nodes from 0 to $((NNODES - 1))"
+[[ "$NNODES" -eq 1 || -n "${MASTER_ADDR:-}" ]] || die "NNODES=$NNODES needs MASTER_ADDR" \
+    "Give node 0's address on every node: MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 NODE_RANK=0, 1, …"
+if [[ -z "${DATA:-}" ]]; then
+    [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
+        "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
+    DATA=data/training
+fi
+
+bash setup_env.sh >&2
+
+count_gpus() { { nvidia-smi --list-gpus 2>/dev/null || true; } | grep -c '^GPU ' || true; }
+if ! $dry_run; then
+    found=$(count_gpus)
+    if [[ "$found" -gt 0 && "$GPUS" -gt "$found" ]]; then
+        die "GPUS=$GPUS, but this machine has $found" "Give GPUS=$found"
+    elif [[ "$found" -eq 0 && -z "$gpus_given" ]]; then
+        die "there is no NVIDIA GPU on this machine" "Check nvidia-smi; to rehearse on the CPU: GPUS=2 PRECISION=bf16"
+    fi
+fi
+
+# NCCL; what is set already stays. It finds NVLink and InfiniBand by itself: NCCL_P2P_DISABLE=1, NCCL_IB_DISABLE=1 or
+# NCCL_SOCKET_IFNAME=eth0 rule out a link that is broken.
+export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" # says which link failed, and nothing else
+# a lost peer ends the ranks that wait for it; otherwise they would hang for ever, and nobody would start them again
+export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+
+launch=(.venv/bin/python -m pretrain.launch "--nproc_per_node=$GPUS")
+if [[ "$NNODES" -gt 1 ]]; then
+    launch+=("--nnodes=$NNODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT")
+fi
+train=(train.py --config "$CONFIG" --data "$DATA")
+if [[ -n "${VAL_DATA:-}" ]]; then train+=(--data.val_source "$VAL_DATA"); fi
+if [[ -n "${PRECISION:-}" ]]; then train+=(--precision "$PRECISION"); fi
+if [[ -n "${RUN:-}" ]]; then train+=(--run "$RUN"); fi
+if [[ -n "${CHECKPOINTS:-}" ]]; then
+    train+=(--checkpoints "$CHECKPOINTS")
+else
+    say "no CHECKPOINTS: they stay on this machine"
+fi
+if ! $resumes; then train+=(--resume auto); fi # starts afresh only where nothing was ever committed
+train+=("${arguments[@]}")
+
+if $dry_run; then
+    echo "# launch command"
+    printf '%q ' "${launch[@]}" "${train[@]}"
+    printf '\n\n# resolved config on %d ranks\n' $((GPUS * NNODES))
+    WORLD_SIZE=$((GPUS * NNODES)) exec .venv/bin/python "${train[@]}" --print_config
+fi
+exec "${launch[@]}" "${train[@]}"

@@ -1,0 +1,42 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.emulators import Emulator, fake_gcs
+from tests.fault_proxy import FaultProxy
+
+
+@pytest.fixture(autouse=True)
+def _no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reaches a real bucket in the name of whoever runs it."""
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """An emulator that honours generation preconditions, shared by all tests."""
+    root: Path = tmp_path_factory.mktemp("fake-gcs")
+    with fake_gcs(root) as emulator:
+        yield emulator
+
+
+@pytest.fixture
+def bucket_url(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh prefix of the emulator's bucket; STORAGE_EMULATOR_HOST names the emulator."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
+    return f"gs://{gcs.bucket}/{secrets.token_hex(4)}"
+
+
+@pytest.fixture
+def fault_proxy(gcs: Emulator, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy in front of `bucket_url`'s emulator; STORAGE_EMULATOR_HOST names the proxy from here on."""
+    with FaultProxy(gcs.endpoint) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
+        yield proxy

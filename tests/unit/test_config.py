@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pretrain.config import (
+    MODEL_SIZES,
+    BatchConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    validate,
+)
+
+COUNTS = {
+    "125M": 125_226_240,
+    "350M": 355_871_744,
+    "760M": 760_300_032,
+    "1.2B": 1_315_723_264,
+    "1.3B": 1_315_723_264,
+    "3B": 2_651_553_280,
+    "7B": 6_658_404_352,
+    "8B": 7_463_923_712,
+}
+
+
+def make(**sections) -> Config:
+    """A valid config, with whole sections replaced."""
+    base = Config(model=ModelConfig(size="125M").resolve(), data=DataConfig(source="gs://bucket/data"))
+    return dataclasses.replace(base, **sections)
+
+
+def test_every_size_has_its_exact_count():
+    assert {size: ModelConfig(size=size).resolve().n_parameters for size in MODEL_SIZES} == COUNTS
+
+
+def test_a_field_overrides_its_part_of_the_size():
+    model = ModelConfig(size="125M", n_layer=2, d_ff=100).resolve()
+    assert (model.n_layer, model.n_head, model.d_model, model.d_ff) == (2, 12, 768, 100)
+    assert ModelConfig(size="125M", d_model=96).resolve().d_ff == 384
+
+
+@pytest.mark.parametrize(("vocab_size", "padded"), [(50257, 50304), (128, 128), (129, 256), (8192, 8192)])
+def test_vocabulary_is_padded_to_a_multiple_of_128(vocab_size, padded):
+    assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
+
+
+def test_22_billion_tokens_are_83923_steps():
+    config = make(
+        model=ModelConfig().resolve(),
+        batch=BatchConfig(global_size=128),
+        train=TrainConfig(max_tokens=22_000_000_000),
+    )
+    assert config.tokens_per_step == 262_144
+    assert config.total_steps(windows_per_epoch=1) == 83_923
+
+
+def test_steps_win_over_tokens_and_tokens_over_epochs():
+    batch = BatchConfig(global_size=4)
+    both = make(batch=batch, train=TrainConfig(max_steps=7, max_tokens=10**9))
+    assert both.total_steps(100) == 7
+    epochs = make(batch=batch, train=TrainConfig(epochs=1.5))
+    assert epochs.total_steps(100) == 37  # 150 windows; the last 2 don't fill a step
+
+
+def test_accumulation_is_derived():
+    assert BatchConfig(global_size=128, micro_size=8).accumulation(world_size=8) == 2
+
+
+def test_a_sound_config_has_no_problems():
+    assert validate(make(), world_size=8) == []
+
+
+def test_every_problem_is_reported_at_once():
+    broken = make(
+        run=RunConfig(name="a/b"),
+        model=ModelConfig(size="125M", n_head=7).resolve(),
+        data=DataConfig(),
+        optim=OptimConfig(lr=-1.0, betas=(0.9, 1.0)),
+    )
+    problems = validate(broken, world_size=3)
+    expected = ["n_head 7", "× 3 ranks", "data.source is empty", "optim.lr", "optim.betas", "run.name"]
+    assert len(problems) == len(expected)
+    assert all(any(word in problem for problem in problems) for word in expected)
+
+
+def test_an_impossible_batch_names_the_micro_batches_that_fit():
+    problem = validate(make(batch=BatchConfig(global_size=12, micro_size=8)), world_size=2)
+    assert problem == [
+        "batch.global_size 12 is not divisible by micro_size 8 × 2 ranks = 16: set batch.micro_size to one of [1, 2, 3, 6]"
+    ]
+    nothing_fits = validate(make(batch=BatchConfig(global_size=4, micro_size=1)), world_size=3)
+    assert "set batch.global_size to a multiple of the 3 ranks" in nothing_fits[0]
+
+
+@pytest.mark.parametrize("model", [ModelConfig(size="2B"), ModelConfig(size="custom", n_layer=2)])
+def test_an_unknown_size_names_the_known_ones(model):
+    (problem,) = validate(make(model=model.resolve()), world_size=1)
+    assert "125M" in problem and "custom" in problem
+
+
+@pytest.mark.parametrize("fields", [{"n_head": -1}, {"n_layer": -2}, {"d_model": -768}])
+def test_negative_sizes_are_refused(fields):
+    assert validate(make(model=ModelConfig(size="125M", **fields).resolve()), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("model", "vocab_size", 1),
+        ("model", "seq_len", 0),
+        ("model", "dropout", 1.0),
+        ("data", "max_files", -1),
+        ("data", "shuffle_shards", 0),
+        ("data", "download_workers", 0),
+        ("batch", "micro_size", 0),
+        ("optim", "min_lr_ratio", 1.5),
+        ("optim", "warmup_steps", -1),
+        ("optim", "weight_decay", -0.1),
+        ("optim", "clip", -1.0),
+        ("train", "max_steps", -1),
+        ("train", "epochs", 0.0),
+        ("train", "eval_interval", -1),
+        ("train", "eval_sequences", 0),
+        ("train", "max_skipped", 0),
+        ("train", "timeout_minutes", 0),
+        ("engine", "initial_loss_scale", 0.5),
+        ("engine", "loss_scale_window", 0),
+        ("checkpoint", "every_files", -1),
+        ("checkpoint", "every_steps", -1),
+        ("checkpoint", "keep", -1),
+        ("storage", "deadline_s", 0.0),
+        ("storage", "timeout_s", 0.0),
+        ("storage", "upload_workers", 0),
+        ("log", "interval", 0),
+        ("run", "name", ".hidden"),
+    ],
+)
+def test_a_value_outside_its_range_is_refused_by_name(section, field, value):
+    config = make()
+    config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+    problems = validate(config, world_size=1)
+    assert len(problems) == 1 and f"{field}" in problems[0]

@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import psutil
+import pytest
+import torch
+
+from pretrain import hardware
+from pretrain.errors import ConfigError
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 1)
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with two GPUs, as torch would show it; the name and the capability can be set."""
+    facts = {"name": H100, "capability": (9, 0)}
+    properties = types.SimpleNamespace(uuid="1b2c", total_memory=85_000_000_000, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: facts["name"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: facts["capability"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_000_000_000)
+    return facts
+
+
+def test_a_rank_gets_its_own_gpu(gpus) -> None:
+    assert hardware.resolve_device(1) == torch.device("cuda", 1)
+
+
+def test_a_rank_without_a_gpu_on_a_gpu_machine_is_refused(gpus) -> None:
+    with pytest.raises(ConfigError, match="rank 2 of this node has no GPU: torch sees 2"):
+        hardware.resolve_device(2)
+
+
+def test_without_a_gpu_every_rank_is_on_the_cpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.resolve_device(3) == CPU
+
+
+def test_a_cpu_refuses_fp16_and_names_what_it_can() -> None:
+    hardware.check_precision(CPU, "fp32")
+    hardware.check_precision(CPU, "bf16")
+    with pytest.raises(
+        ConfigError, match=r"fp16, which a CPU can't train in; it can fp32, bf16.*give --precision bf16"
+    ):
+        hardware.check_precision(CPU, "fp16")
+
+
+def test_a_gpu_before_ampere_refuses_bf16_and_names_what_it_can(gpus) -> None:
+    hardware.check_precision(GPU, "bf16")
+    gpus.update(name="Tesla T4", capability=(7, 5))
+    with pytest.raises(ConfigError, match=r"bf16, which Tesla T4 can't train in; it can fp32, fp16"):
+        hardware.check_precision(GPU, "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("NVIDIA H100 NVL", "H100 NVL"),
+        ("NVIDIA H200", "H200 SXM"),
+        ("NVIDIA H200 NVL", "H200 NVL"),
+        ("NVIDIA H20", "H20"),
+        ("NVIDIA GH200 480GB", "GH200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA GB200", "GB200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA A100 80GB PCIe", "A100"),
+        ("NVIDIA A10", "A10"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40", "L40"),
+        ("NVIDIA L40S", "L40S"),
+        ("Tesla T4", "T4"),
+        ("Tesla V100-SXM2-16GB", "V100 SXM"),
+        ("Tesla V100-PCIE-32GB", "V100 PCIe"),
+        ("Tesla V100S-PCIE-32GB", "V100S"),
+        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
+        ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
+        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", ""),
+        ("NVIDIA GeForce RTX 4090 D", ""),
+        ("NVIDIA T400", ""),
+        ("NVIDIA B300 SXM6 AC", ""),
+    ],
+)
+def test_driver_names_match_their_own_entry_only(name: str, label: str) -> None:
+    assert hardware.match_gpu(name) == label
+
+
+def test_every_entry_can_be_reached_and_its_rates_are_in_order() -> None:
+    for label, peak in hardware.PEAK_FLOPS.items():
+        assert hardware.match_gpu(f"NVIDIA {peak.pattern}") == label
+        assert peak.bf16 in (0, peak.fp16) and peak.fp16 >= peak.tf32 and peak.fp16 > peak.fp32 > 0
+        assert peak.tf32 == 0 or peak.tf32 == pytest.approx(peak.fp16 / 2, rel=0.03)
+
+
+def test_a_known_gpu_has_its_data_sheets_rate(gpus, monkeypatch) -> None:
+    assert hardware.peak_flops(GPU, "bf16") == (989.4e12, "H100 SXM data sheet")
+    assert hardware.peak_flops(GPU, "fp16") == (989.4e12, "H100 SXM data sheet")
+    monkeypatch.setattr(hardware, "_multiplies_in_tf32", lambda: False)
+    assert hardware.peak_flops(GPU, "fp32")[0] == pytest.approx(66.9e12)
+    monkeypatch.setattr(hardware, "_multiplies_in_tf32", lambda: True)
+    assert hardware.peak_flops(GPU, "fp32") == (494.7e12, "H100 SXM data sheet")
+
+
+def test_an_unknown_gpu_and_a_missing_unit_are_measured(gpus, monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "measure_flops", lambda device, dtype: 3e12 if dtype == torch.bfloat16 else 0)
+    gpus["name"] = "NVIDIA Z1000"
+    assert hardware.peak_flops(GPU, "bf16") == (3e12, "measured")
+    gpus["name"] = "Tesla T4"
+    assert hardware.peak_flops(GPU, "bf16") == (3e12, "measured")
+
+
+def test_tf32_follows_torchs_own_setting(monkeypatch) -> None:
+    before = torch.get_float32_matmul_precision()
+    assert hardware._multiplies_in_tf32() == (before != "highest")
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert hardware._multiplies_in_tf32()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_the_peak_of_a_cpu_is_measured_and_no_product_beats_it_by_much() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    rate, source = hardware.peak_flops(CPU, "fp32")
+    assert source == "measured" and rate > 1e9
+    assert torch.equal(torch.rand(1), expected)  # the data order and dropout must not move because of it
+    assert hardware.measure_flops(CPU, torch.float32, seconds=0.1) < 3 * rate
+
+
+def test_the_best_product_is_the_measured_rate(monkeypatch) -> None:
+    readings = iter([0.0, 0.0, 5.0, 6.0, 6.0, 8.0, 9.0])  # end; then runs of 5 s and 2 s; then past the end
+    monkeypatch.setattr("pretrain.hardware.time", types.SimpleNamespace(perf_counter=lambda: next(readings)))
+    assert hardware.measure_flops(CPU, torch.float32, seconds=7) == 2 * 1024**3 / 2
+
+
+def test_the_machine_is_described_in_plain_json() -> None:
+    facts = hardware.describe_machine(CPU)
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["device_name"] and facts["torch_version"] == torch.__version__
+    assert facts["cuda_available"] == torch.cuda.is_available() and facts["device_count"] == torch.cuda.device_count()
+    assert facts["cpu_count"] >= 1 and facts["host_memory_gb"] > 0.1
+
+
+def test_a_gpu_machine_is_described_by_its_gpu(gpus) -> None:
+    facts = hardware.describe_machine(GPU)
+    assert (facts["device_name"], facts["device_count"], facts["device_memory_gb"]) == (H100, 2, 85.0)
+    assert facts["compute_capability"] == "9.0"
+
+
+class FakeNvml(types.SimpleNamespace):
+    """The driver of a machine whose GPU with UUID GPU-1b2c is at 97 % and 650 W, and has no other sensor."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None:
+        self.started = True
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid != "GPU-1b2c":
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> types.SimpleNamespace:
+        return types.SimpleNamespace(gpu=97)
+
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
+        return 650_000
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> types.SimpleNamespace:
+        raise self.NVMLError("Not Supported")
+
+
+def test_a_gpu_is_sampled_by_its_uuid_and_a_missing_sensor_is_left_out(gpus, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    monitor = hardware.GpuMonitor(GPU)
+    sample = monitor.sample()
+    assert monitor.problem == ""
+    assert sample.pop("host_memory_gb") == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
+    assert sample == {"gpu_utilization": 97.0, "gpu_power_w": 650.0, "gpu_memory_peak_gb": 7.0}
+
+
+def test_without_the_driver_or_its_package_only_torch_and_the_host_are_sampled(gpus, monkeypatch) -> None:
+    class NoDriver(FakeNvml):
+        def nvmlInit(self) -> None:
+            raise self.NVMLError("Driver Not Loaded")
+
+    for module, problem in ((NoDriver(), "Driver Not Loaded"), (None, "nvidia-ml-py is not installed")):
+        monkeypatch.setitem(sys.modules, "pynvml", module)
+        monitor = hardware.GpuMonitor(GPU)
+        assert problem in monitor.problem
+        assert set(monitor.sample()) == {"host_memory_gb", "gpu_memory_peak_gb"}
+
+
+def test_a_cpu_samples_the_memory_of_this_process_only() -> None:
+    monitor = hardware.GpuMonitor(CPU)
+    assert set(monitor.sample()) == {"host_memory_gb"} and monitor.problem == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_real_gpu_is_sampled_and_its_data_sheet_is_not_beaten() -> None:
+    device = torch.device("cuda", 0)
+    monitor = hardware.GpuMonitor(device)
+    assert monitor.problem == ""
+    assert {"gpu_memory_gb", "gpu_memory_peak_gb"} <= set(monitor.sample())
+    rate, source = hardware.peak_flops(device, "fp16")
+    measured = hardware.measure_flops(device, torch.float16)
+    assert source == "measured" or 0.3 * rate < measured < 1.05 * rate

@@ -1,0 +1,143 @@
+"""The launcher is run in this process, on workers of a few lines that do not import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from pretrain import launch
+
+FAILS_ON_RANK_1 = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    CODE
+time.sleep(60)
+"""
+STOPPED_BY = """
+import os, signal, sys, time
+from pathlib import Path
+
+def stop(signum, frame):
+    Path(sys.argv[1], f"{os.environ['RANK']}-{signal.Signals(signum).name}").touch()
+    os._exit(75)
+
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+ready = [Path(sys.argv[1], rank) for rank in "01"]
+ready[int(os.environ["RANK"])].touch()
+while not all(path.exists() for path in ready):
+    time.sleep(0.01)
+if os.environ["RANK"] == "0":
+    os.kill(os.getppid(), signal.SIGNAL)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a worker script on two ranks and gives the launcher's exit code."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # so that the original comes back after the test
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start(script: str, *arguments: str, ranks: int = 2, flags: tuple[str, ...] = ()) -> int:
+        path = tmp_path / "worker.py"
+        path.write_text(script)
+        return launch.main([f"--nproc_per_node={ranks}", *flags, str(path), *arguments])
+
+    return start
+
+
+@pytest.mark.parametrize("code", [1, 2, 3, 6, 75])
+def test_the_code_of_the_first_failure_is_returned(run, code):
+    assert run(FAILS_ON_RANK_1.replace("CODE", f"sys.exit({code})")) == code
+
+
+def test_a_worker_that_was_killed_gives_128_plus_the_signal(run, capsys):
+    assert run(FAILS_ON_RANK_1.replace("CODE", "os.kill(os.getpid(), signal.SIGKILL)")) == 137
+    assert "rank 1" in (said := capsys.readouterr().err) and "SIGKILL" in said and len(said.splitlines()) == 1
+
+
+def test_an_expected_error_is_not_commented_on(run, capfd):
+    assert run(FAILS_ON_RANK_1.replace("CODE", "sys.exit(3)")) == 3
+    assert capfd.readouterr().err == ""
+
+
+def test_success_is_0_and_every_rank_gets_its_arguments_and_environment(run, tmp_path):
+    script = (
+        "import json, os, sys; from pathlib import Path\n"
+        "Path(sys.argv[1], 'env' + os.environ['RANK']).write_text(json.dumps([dict(os.environ), sys.argv[2:]]))"
+    )
+    assert run(script, str(tmp_path), "--run", "mine") == 0
+    for rank in (0, 1):
+        environment, arguments = json.loads((tmp_path / f"env{rank}").read_text())
+        assert arguments == ["--run", "mine"]
+        assert environment["LOCAL_RANK"] == environment["RANK"] == str(rank)
+        assert environment["WORLD_SIZE"] == environment["LOCAL_WORLD_SIZE"] == "2"
+        assert environment["MASTER_ADDR"] == "127.0.0.1"
+        assert environment["OMP_NUM_THREADS"] == str(max(1, len(os.sched_getaffinity(0)) // 2))
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_passed_on_to_every_rank_and_their_75_comes_back(run, tmp_path, name):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    assert run(STOPPED_BY.replace("SIGNAL", name), str(tmp_path)) == 75
+    assert (tmp_path / f"0-{name}").exists() and (tmp_path / f"1-{name}").exists()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_before_the_worker_can_handle_it_is_a_stop_too(run):
+    script = "import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(60)"
+    assert run(script, ranks=1) == 75
+
+
+def test_a_signal_while_waiting_for_the_other_nodes_ends_the_launcher_at_once(tmp_path):
+    where = ["--nnodes=2", "--node_rank=1", "--master_addr=127.0.0.1", "--master_port=9"]
+    code = (
+        "import os, signal, sys, threading\n"
+        "from pretrain import launch\n"
+        "start = launch.elastic_launch\n"
+        "def begin(*args):\n"
+        "    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    return start(*args)\n"
+        "launch.elastic_launch = begin\n"
+        "sys.exit(launch.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "--nproc_per_node=1", *where, "worker.py"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "LOGLEVEL": "ERROR"}
+    assert subprocess.run(command, env=environment, timeout=60).returncode == 75
+
+
+def test_an_explained_error_wins_over_a_crash_in_the_same_second():
+    failures = {0: _failure(1), 1: _failure(3)}
+    assert launch._exit_code(failures, []) == 3
+
+
+def test_a_port_in_use_is_one_line_and_exit_code_2(run, capsys, caplog):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        flags = ("--nnodes=2", "--node_rank=0", "--master_addr=127.0.0.1", f"--master_port={port}")
+        assert run("", flags=flags) == 2
+    said = capsys.readouterr().err
+    assert f"127.0.0.1:{port}" in said and "MASTER_PORT" in said and len(said.splitlines()) == 1
+
+
+def test_nothing_is_left_in_the_temporary_folder(run, tmp_path):
+    assert run("") == 0
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["worker.py"]
+
+
+def _failure(code: int):
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="")
+    failure.timestamp = 1_000
+    return failure

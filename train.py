@@ -1,0 +1,355 @@
+"""Pretrain a GPT from tokenized shards in a bucket.
+
+On a laptop, everything included:          bash test_train.sh
+One process:                               python train.py --config test --data FOLDER
+8 GPUs, by hand (see also prod_train.sh):  python -m pretrain.launch --nproc_per_node=8 train.py \
+                                               --config production --data gs://… --checkpoints gs://… --resume auto
+
+torchrun, deepspeed, accelerate launch or anything else that sets RANK and WORLD_SIZE will do as well.
+
+The story, told below in this order: parse → validate → build → loop → close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Nothing up here imports torch, so that a wrong setting is told in half a second.
+from pretrain import log
+from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from_env
+from pretrain.config import Config
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergenceError, TrainerError
+from pretrain.versions import check_versions
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from pretrain.batches import Position
+    from pretrain.checkpoint import CheckpointReader
+    from pretrain.corpus import Corpus
+    from pretrain.engine.base import Engine
+    from pretrain.history import LossTracker
+    from pretrain.progress import DataOrder, Progress
+    from pretrain.ranks import Ranks
+    from pretrain.run import Run
+    from pretrain.stopping import StopRequest
+
+logger = log.get(__name__)
+
+FRESH_LOSS_MARGIN = 0.5  # nats: how far from ln(vocab_size) the first loss of a fresh model may be without a warning
+
+
+def main(argv: list[str]) -> int:
+    """Run train.py and return its exit code; an expected error is one line, not a traceback."""
+    try:
+        invocation = parse(argv, world_size_from_env())
+        if invocation.print_config:
+            print(to_yaml(invocation.config), end="")
+            return EXIT_DONE
+        if invocation.config.log.version_check and (problems := check_versions(ROOT / "requirements.txt")):
+            raise ConfigError(problems, "Run bash setup_env.sh, or go on anyway with --no-version-check.")
+        return train(invocation)
+    except TrainerError as error:
+        return report(error, "--debug" in argv)
+    except KeyboardInterrupt:
+        print("stopped before the first step: nothing was begun, nothing is lost", file=sys.stderr)
+        return EXIT_STOPPED
+    except RuntimeError as error:  # torch raises these; some have a known mend
+        if (known := explain(error)) is None:
+            raise
+        return report(known, "--debug" in argv)
+
+
+def train(invocation: Invocation) -> int:
+    """Build the run, take its steps, close it."""
+    from pretrain.stopping import stop_request
+
+    run = build(invocation)
+    with run.metrics, stop_request() as stop:
+        loop(run, stop)
+        return close(run)
+
+
+# ---- build ----
+
+
+def build(invocation: Invocation) -> Run:
+    """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
+    from model import flops_per_token
+    from pretrain import hardware, ranks
+    from pretrain.engine.build import build_engine
+    from pretrain.history import LossTracker
+    from pretrain.keeper import Keeper
+    from pretrain.metrics import open_metrics
+    from pretrain.progress import Progress
+    from pretrain.run import Run
+
+    config, precision, run_name = invocation.config, invocation.config.train.precision, invocation.config.run.name
+    device = hardware.resolve_device(ranks.local_ranks()[0])
+    hardware.check_precision(device, precision)
+    me = ranks.join(device, config.train.timeout_minutes)
+    log.setup(me.rank, Path(config.log.dir) / run_name, invocation.debug)
+    keeper = Keeper(config.checkpoint, config.storage, run_name, me)
+    checkpoint = keeper.resume()
+    corpus = fetch(config, me)
+    model = build_model(config, device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    engine = build_engine(model, config.engine, config.optim, config.batch, precision, device, me)
+    peak_flops, peak_source = hardware.peak_flops(device, precision)
+    logger.info("engine %s, %s, %d × %s", engine.name, precision, me.world_size, hardware.device_name(device))
+    logger.info("MFU is against %.2f TFLOP/s a device (%s)", peak_flops / 1e12, peak_source)
+
+    progress, history = Progress(), LossTracker()
+    if checkpoint is not None:
+        progress = take_over(checkpoint, shapes, engine, corpus.order, history)
+        keeper.upload_leftovers()
+    total_steps = config.total_steps(corpus.batches.windows_per_epoch)
+    return Run(
+        config=config,
+        ranks=me,
+        corpus=corpus,
+        engine=engine,
+        keeper=keeper,
+        metrics=open_metrics(
+            config.log,
+            run_name,
+            settings=dataclasses.asdict(config),
+            total_steps=total_steps,
+            first_step=progress.step,
+            rank=me.rank,
+        ),
+        monitor=hardware.GpuMonitor(device),
+        history=history,
+        progress=progress,
+        first_step=progress.step,
+        total_steps=total_steps,
+        flops_per_token=flops_per_token(config.model, config.model.seq_len),
+        peak_flops=peak_flops,
+        about={
+            "run": run_name,
+            "parameters": config.model.n_parameters,
+            "engine": engine.name,
+            "world_size": me.world_size,
+            "system_info": {**hardware.describe_machine(device), "mixed_precision": precision},
+        },
+    )
+
+
+def fetch(config: Config, ranks: Ranks) -> Corpus:
+    """The training and validation tokens."""
+    from pretrain.corpus import fetch_corpus
+
+    return fetch_corpus(
+        config.data,
+        config.storage,
+        ranks,
+        vocab_size=config.model.vocab_size,
+        seq_len=config.model.seq_len,
+        global_size=config.batch.global_size,
+        seed=config.run.seed,
+        eval_sequences=config.train.eval_sequences,
+    )
+
+
+def build_model(config: Config, device: torch.device) -> torch.nn.Module:
+    """The model on the device, with the same initial weights on every rank."""
+    import torch
+
+    from model import GPT, choose_attention
+    from pretrain.engine.base import PRECISION_DTYPES
+
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
+        torch.use_deterministic_algorithms(True)
+    shape = config.model
+    dtype = PRECISION_DTYPES[config.train.precision]
+    try:
+        attention, reason = choose_attention(shape.attention, device, dtype, shape.d_model // shape.n_head)
+    except ValueError as error:
+        raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
+    torch.manual_seed(config.run.seed)
+    model = GPT(shape, attention).to(device)
+    logger.info("model %s: %s parameters; attention by %s", shape.size, f"{model.n_parameters():,}", reason)
+    if shape.compile:
+        model.compile()
+    return model
+
+
+def take_over(
+    checkpoint: CheckpointReader,
+    shapes: Mapping[str, tuple[int, ...]],
+    engine: Engine,
+    order: DataOrder,
+    history: LossTracker,
+) -> Progress:
+    """Load a checkpoint into the engine and the history; returns where it stood."""
+    from pretrain.progress import read_progress
+
+    checkpoint.check_shapes(shapes)
+    progress, state = read_progress(checkpoint, order, history)
+    engine.load(checkpoint.parameter_state, state)
+    logger.info("resumed %s: step %d, %s", checkpoint.folder.name, progress.step, progress.position)
+    return progress
+
+
+# ---- loop ----
+
+
+def loop(run: Run, stop: StopRequest) -> None:
+    """Take steps until the last one, or until a rank is asked to stop; save on the way."""
+    stream = run.corpus.batches.stream(run.progress.position, run.ranks.rank, run.ranks.world_size)
+    with contextlib.closing(stream):
+        while run.progress.step < run.total_steps and not run.stopped:
+            files_before = run.progress.files
+            take_step(run, stream)
+            if is_due(run, files_before):
+                save(run)
+            run.record_events()
+            run.keeper.check()
+            run.stopped = run.ranks.any(bool(stop))
+    if run.stopped:
+        logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
+
+
+def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> None:
+    """One optimizer step, its validation and its record where they are due."""
+    import torch
+
+    from pretrain.optim import learning_rate
+    from pretrain.progress import step_seed
+
+    config = run.config
+    started = time.perf_counter()
+    tokens, position = next(stream)
+    data_wait_s = time.perf_counter() - started
+    lr = learning_rate(run.engine.state().optimizer_steps, run.total_steps, config.optim)
+    # Dropout's randomness is a function of where the run stands, so there is no generator state to save.
+    torch.manual_seed(step_seed(config.run.seed, run.progress.step, run.ranks.rank))
+    result = run.engine.train_step(torch.from_numpy(tokens).split(config.batch.micro_size), lr)
+    loss = run.ranks.mean(float(result.loss))
+    step_s = time.perf_counter() - started
+
+    files = run.corpus.batches.files_processed(position)
+    progress = run.progress.after_step(position, files, config.tokens_per_step, result.applied, step_s)
+    run.advance(progress, step_s, result.applied)
+    guard(run, result.applied, loss)
+    last = progress.step == run.total_steps
+    evaluates = run.corpus.validation is not None and (last or divides(config.train.eval_interval, progress.step))
+    if evaluates:
+        evaluate(run)
+    if evaluates or last or divides(config.log.interval, progress.step) or progress.step == run.first_step + 1:
+        run.record(result, loss, lr, step_s, data_wait_s, run.val_loss if evaluates else None)
+
+
+def guard(run: Run, applied: bool, loss: float) -> None:
+    """Say what looks wrong; stop where updates are skipped one after the other."""
+    step = run.progress.step
+    if not applied:
+        scale = run.engine.state().loss_scale
+        logger.warning("step %d: the gradients are not finite, update skipped; loss scale now %g", step, scale)
+    if run.skipped_in_a_row >= run.config.train.max_skipped:
+        raise DivergenceError(
+            f"{run.skipped_in_a_row} updates in a row were not finite, up to step {step} (loss {loss:g})",
+            "Resume with a lower --lr or in bf16, from a checkpoint before it: none of them is touched.",
+        )
+    expected = math.log(run.config.model.vocab_size)
+    if step == 1 and abs(loss - expected) > FRESH_LOSS_MARGIN:
+        logger.warning("the first loss is %.2f; a fresh model starts near ln(vocab_size) = %.2f", loss, expected)
+
+
+def evaluate(run: Run) -> None:
+    """The mean loss over the validation sequences, each rank taking its share."""
+    import torch
+
+    total = count = 0.0
+    for sequences in torch.from_numpy(run.corpus.validation).split(run.config.batch.micro_size):
+        total += run.engine.evaluate(sequences) * len(sequences)
+        count += len(sequences)
+    run.val_loss = run.ranks.mean(total) / run.ranks.mean(count)
+    run.history.validated(run.progress.step, run.val_loss)
+
+
+def divides(interval: int, number: int) -> bool:
+    """Whether an interval (0: never) ends at this number."""
+    return interval > 0 and number % interval == 0
+
+
+def is_due(run: Run, files_before: int) -> bool:
+    """Whether the step just taken ended a stretch of `every_files` shards or of `every_steps` steps."""
+    files, steps = run.config.checkpoint.every_files, run.config.checkpoint.every_steps
+    by_files = files > 0 and run.progress.files // files > files_before // files
+    return by_files or divides(steps, run.progress.step)
+
+
+def save(run: Run) -> None:
+    """Hand a snapshot of this step to the keeper; training waits only for the copy."""
+    from pretrain.corpus import TOKENIZER_FILE
+    from pretrain.progress import checkpoint_documents
+
+    documents = checkpoint_documents(run.progress, run.engine.state(), run.history, run.corpus.order, run.about)
+    documents["config.yaml"] = to_yaml(run.config)
+    if run.corpus.tokenizer is not None:
+        documents[TOKENIZER_FILE] = run.corpus.tokenizer
+    stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents)
+    logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
+
+
+# ---- close ----
+
+
+def close(run: Run) -> int:
+    """Save what is not saved, wait for the uploads, write the summary; the exit code."""
+    from pretrain.console import print_summary
+    from pretrain.ranks import leave
+
+    if run.progress.step > max(run.first_step, run.keeper.last_saved_step):
+        save(run)
+    run.keeper.close()
+    run.record_events()
+    run.keeper.check()
+    if run.ranks.is_first:
+        summary = run.summary()
+        run.metrics.summary(summary)
+        run.metrics.close()
+        print_summary(summary, log.console(), run.next_commands())
+    leave(run.ranks)
+    return EXIT_STOPPED if run.stopped else EXIT_DONE
+
+
+# ---- errors ----
+
+
+def report(error: TrainerError, debug: bool) -> int:
+    """Print an error's line, once for an error that every rank has; its exit code."""
+    rank = int(os.environ.get("RANK", "0"))
+    if debug:
+        traceback.print_exception(error)
+    if rank == 0 or not (error.shared or isinstance(error, ConfigError)):
+        print((f"[rank {rank}] " if rank else "") + log.mask(error.line()), file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def explain(error: RuntimeError) -> TrainerError | None:
+    """What one of torch's errors means to a user; None where we don't know."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return ConfigError(
+            f"the GPU's memory is full: {str(error).splitlines()[0]}",
+            "Halve --batch.micro_size (the global batch stays the same), or --model.activation_checkpointing true.",
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
