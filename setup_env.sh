@@ -63,7 +63,7 @@ pip_install() {
     say "installing $1"
     "$VENV/bin/python" -m pip install --quiet "${@:2}" ||
         die 1 "pip could not install $1 (its own words are above)" \
-            "Check the network and the free disk space, then run this again: it goes on where it stopped"
+            "Check the network and the free disk space and run this again; what is installed already stays"
 }
 
 pin() { grep -m1 "^$1==" requirements.txt; }
@@ -99,6 +99,8 @@ install_dev() {
 }
 
 install_flash() {
+    "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)' ||
+        die 2 "FLASH_ATTN=1 needs a CUDA build of torch, this one is for the CPU" "Name one with TORCH_INDEX_URL"
     # each of its compiler processes takes several GB of memory
     MAX_JOBS="${MAX_JOBS:-4}" pip_install "$FLASH_ATTN_PIN (many minutes)" --no-build-isolation "$FLASH_ATTN_PIN"
 }
@@ -156,6 +158,7 @@ if [[ "${FLASH_ATTN:-0}" == 1 && ! -x "$cuda/bin/nvcc" ]] && ! command -v nvcc >
     die 2 "FLASH_ATTN=1 needs nvcc, which is neither on the PATH nor in $cuda/bin" \
         "Install the CUDA toolkit, or leave FLASH_ATTN out: torch's own fused kernels are used then"
 fi
+if [[ -n "${PYTHON:-}" ]]; then find_python >/dev/null; fi
 is_wanted_torch && is_wanted_python || rm -f "$VENV"/.done_*
 
 stage base

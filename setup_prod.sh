@@ -24,6 +24,7 @@ if [[ -n "${MAX_FILES:-}" ]]; then arguments+=(--max_files "$MAX_FILES"); fi
 if [[ -n "${WORKERS:-}" ]]; then arguments+=(--workers "$WORKERS"); fi
 .venv/bin/python scripts/download_data.py "${arguments[@]}" "$@"
 
+if [[ " $* " == *" --dry_run "* ]]; then exit 0; fi
 echo
 echo "The shards are staged. Train with:"
 printf '  DATA=%q CHECKPOINTS=gs://your-bucket/Checkpoints bash prod_train.sh\n' "$DATA_DIR"

@@ -26,12 +26,14 @@ die() {
 
 [[ -z "${CHECKPOINTS:-}" || -n "${DATA:-}" ]] || die 2 "CHECKPOINTS is given without DATA" \
     "Give DATA=gs://bucket/prefix too, or neither for the demo"
-resumes=false
+resumes=false previous=""
 for argument in "$@"; do
     case "$argument" in
     --resume | --resume=* | --checkpoint.resume | --checkpoint.resume=*) resumes=true ;;
-    --run | --run=* | --run.name | --run.name=*) die 2 "the run is named by RUN" "RUN=name bash test_train.sh" ;;
+    --run=* | --run.name=*) RUN="${argument#*=}" ;;
     esac
+    if [[ "$previous" == --run || "$previous" == --run.name ]]; then RUN="$argument"; fi
+    previous="$argument"
 done
 
 # The demo's bucket: Google's storage API on a free loopback port, its objects in demo/bucket.

@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
     from pretrain.batches import Position
     from pretrain.checkpoint import CheckpointReader
-    from pretrain.corpus import Corpus
     from pretrain.engine.base import Engine
     from pretrain.history import LossTracker
     from pretrain.progress import DataOrder, Progress
@@ -86,7 +85,7 @@ def train(invocation: Invocation) -> int:
 def build(invocation: Invocation) -> Run:
     """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
     from model import flops_per_token
-    from pretrain import hardware, ranks
+    from pretrain.corpus import fetch_corpus
     from pretrain.engine.build import build_engine
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
@@ -94,71 +93,48 @@ def build(invocation: Invocation) -> Run:
     from pretrain.progress import Progress
     from pretrain.run import Run
 
-    config, precision, run_name = invocation.config, invocation.config.train.precision, invocation.config.run.name
-    device = hardware.resolve_device(ranks.local_ranks()[0])
-    hardware.check_precision(device, precision)
-    me = ranks.join(device, config.train.timeout_minutes)
-    log.setup(me.rank, Path(config.log.dir) / run_name, invocation.debug)
+    config, run_name = invocation.config, invocation.config.run.name
+    device, me = meet(config, invocation.debug)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()
-    corpus = fetch(config, me)
-    model = build_model(config, device)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    engine = build_engine(model, config.engine, config.optim, config.batch, precision, device, me)
-    peak_flops, peak_source = hardware.peak_flops(device, precision)
-    logger.info("engine %s, %s, %d × %s", engine.name, precision, me.world_size, hardware.device_name(device))
-    logger.info("MFU is against %.2f TFLOP/s a device (%s)", peak_flops / 1e12, peak_source)
-
-    progress, history = Progress(), LossTracker()
-    if checkpoint is not None:
-        progress = take_over(checkpoint, shapes, engine, corpus.order, history)
-        keeper.upload_leftovers()
-    total_steps = config.total_steps(corpus.batches.windows_per_epoch)
-    return Run(
-        config=config,
-        ranks=me,
-        corpus=corpus,
-        engine=engine,
-        keeper=keeper,
-        metrics=open_metrics(
-            config.log,
-            run_name,
-            settings=dataclasses.asdict(config),
-            total_steps=total_steps,
-            first_step=progress.step,
-            rank=me.rank,
-        ),
-        monitor=hardware.GpuMonitor(device),
-        history=history,
-        progress=progress,
-        first_step=progress.step,
-        total_steps=total_steps,
-        flops_per_token=flops_per_token(config.model, config.model.seq_len),
-        peak_flops=peak_flops,
-        about={
-            "run": run_name,
-            "parameters": config.model.n_parameters,
-            "engine": engine.name,
-            "world_size": me.world_size,
-            "system_info": {**hardware.describe_machine(device), "mixed_precision": precision},
-        },
-    )
-
-
-def fetch(config: Config, ranks: Ranks) -> Corpus:
-    """The training and validation tokens."""
-    from pretrain.corpus import fetch_corpus
-
-    return fetch_corpus(
+    corpus = fetch_corpus(
         config.data,
         config.storage,
-        ranks,
-        vocab_size=config.model.vocab_size,
-        seq_len=config.model.seq_len,
+        config.model,
+        me,
         global_size=config.batch.global_size,
         seed=config.run.seed,
         eval_sequences=config.train.eval_sequences,
     )
+    model = build_model(config, device)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
+    history, progress = LossTracker(), Progress()
+    if checkpoint is not None:
+        progress = take_over(checkpoint, shapes, engine, corpus.order, history)
+        keeper.upload_leftovers()
+    total_steps = config.total_steps(corpus.batches.windows_per_epoch)
+    metrics = open_metrics(
+        config.log,
+        run_name,
+        settings=dataclasses.asdict(config),
+        total_steps=total_steps,
+        first_step=progress.step,
+        rank=me.rank,
+    )
+    flops = flops_per_token(config.model, config.model.seq_len)
+    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps, flops)
+
+
+def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
+    """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
+    from pretrain import hardware, ranks
+
+    device = hardware.resolve_device(ranks.local_ranks()[0])
+    hardware.check_precision(device, config.train.precision)
+    me = ranks.join(device, config.train.timeout_minutes)
+    log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
+    return device, me
 
 
 def build_model(config: Config, device: torch.device) -> torch.nn.Module:
@@ -217,7 +193,7 @@ def loop(run: Run, stop: StopRequest) -> None:
             run.record_events()
             run.keeper.check()
             run.stopped = run.ranks.any(bool(stop))
-    if run.stopped:
+    if run.stopped and run.ranks.is_first:
         logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
 
 
@@ -280,7 +256,7 @@ def evaluate(run: Run) -> None:
 
 
 def divides(interval: int, number: int) -> bool:
-    """Whether an interval (0: never) ends at this number."""
+    """Whether a stretch of `interval` (0: there is none) ends at this number."""
     return interval > 0 and number % interval == 0
 
 
@@ -293,13 +269,13 @@ def is_due(run: Run, files_before: int) -> bool:
 
 def save(run: Run) -> None:
     """Hand a snapshot of this step to the keeper; training waits only for the copy."""
-    from pretrain.corpus import TOKENIZER_FILE
+    from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
     documents = checkpoint_documents(run.progress, run.engine.state(), run.history, run.corpus.order, run.about)
     documents["config.yaml"] = to_yaml(run.config)
     if run.corpus.tokenizer is not None:
-        documents[TOKENIZER_FILE] = run.corpus.tokenizer
+        documents[TOKENIZER_NAME] = run.corpus.tokenizer
     stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents)
     logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
 
@@ -332,6 +308,7 @@ def close(run: Run) -> int:
 def report(error: TrainerError, debug: bool) -> int:
     """Print an error's line, once for an error that every rank has; its exit code."""
     rank = int(os.environ.get("RANK", "0"))
+    logger.error(error.line(), extra=log.FILE_ONLY)
     if debug:
         traceback.print_exception(error)
     if rank == 0 or not (error.shared or isinstance(error, ConfigError)):

@@ -72,7 +72,7 @@ def build_parser() -> jsonargparse.ArgumentParser:
         epilog=_short_forms(),
     )
     for section in dataclasses.fields(Config):
-        parser.add_class_arguments(section.default_factory, section.name)  # type: ignore[arg-type]
+        parser.add_class_arguments(section.default_factory, section.name)
     return parser
 
 
@@ -81,9 +81,9 @@ def _short_forms() -> str:
     aliases = "; ".join(f"{alias} = --{key}" for alias, key in ALIASES.items())
     switches = "; ".join(f"{switch} = --{key} {str(value).lower()}" for switch, (key, value) in SWITCHES.items())
     return (
-        f"--config NAME takes configs/NAME.yaml or a path (default: {DEFAULT_CONFIG}); --print_config prints the resolved "
-        f"settings and ends; --debug shows tracebacks. Short forms: {aliases}; {switches}. "
-        "Exit codes: 0 done, 2 config, 3 data, 4 storage, 5 checkpoint, 6 diverged, 75 stopped by a signal after saving."
+        f"--config NAME takes configs/NAME.yaml or a path (default: {DEFAULT_CONFIG}); --print_config prints the "
+        f"resolved settings and ends; --debug shows tracebacks. Short forms: {aliases}; {switches}. "
+        "Exit codes: 0 done, 2 config, 3 data, 4 storage, 5 checkpoint, 6 diverged, 75 stopped after saving."
     )
 
 

@@ -116,7 +116,7 @@ class ShardCache:
             raise ShardError(
                 f"shard {self._title(info)}: found {record.n_tokens} tokens and crc32c {record.source_crc32c}, "
                 f"expected {entry.tokens} and {entry.crc32c} as {MANIFEST_NAME} says",
-                "restore the shard, or write the manifest anew with scripts/download_data.py",
+                f"restore the shard, or delete that {MANIFEST_NAME}",
             )
         return shard
 

@@ -63,7 +63,7 @@ class ModelConfig:
     """Compile the model with torch.compile."""
 
     def resolve(self) -> ModelConfig:
-        """This config with every 0 replaced by the value its `size` gives (unknown sizes leave 0; validate() says so)."""
+        """This config with every 0 replaced by what its `size` gives; an unknown size leaves 0, for validate()."""
         n_layer, n_head, d_model = MODEL_SIZES.get(self.size, (0, 0, 0))
         d_model = self.d_model or d_model
         return dataclasses.replace(
@@ -81,7 +81,7 @@ class ModelConfig:
 
     @property
     def n_parameters(self) -> int:
-        """Exact number of parameters of the resolved shape, the vocabulary's padding not counted, the tied head once."""
+        """Exact number of parameters of the resolved shape: the vocabulary not padded, the tied head once."""
         attention = 4 * self.d_model**2 + 4 * self.d_model
         feed_forward = 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
         norms = 4 * self.d_model
@@ -340,6 +340,7 @@ def _range_problems(config: Config) -> list[str]:
         (c.checkpoint.every_steps < 0, f"checkpoint.every_steps {c.checkpoint.every_steps} must not be negative"),
         (c.checkpoint.keep < 0, f"checkpoint.keep {c.checkpoint.keep} must not be negative"),
         (c.storage.deadline_s <= 0, f"storage.deadline_s {c.storage.deadline_s} must be positive"),
+        (c.storage.max_backoff_s <= 0, f"storage.max_backoff_s {c.storage.max_backoff_s} must be positive"),
         (c.storage.timeout_s <= 0, f"storage.timeout_s {c.storage.timeout_s} must be positive"),
         (c.storage.upload_workers < 1, f"storage.upload_workers {c.storage.upload_workers} must be at least 1"),
         (c.log.interval < 1, f"log.interval {c.log.interval} must be at least 1"),

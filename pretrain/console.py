@@ -76,7 +76,7 @@ def _draws(console: Console) -> bool:
 
 
 class _Bar:
-    """Two live lines: the bar, and the figures of the newest record."""
+    """The bar, and below it the figures of the newest record and of the newest validation."""
 
     def __init__(self, total_steps: int, clock: Callable[[], float]) -> None:
         self._total_steps = total_steps
@@ -92,6 +92,7 @@ class _Bar:
         )
         self._task = self._progress.add_task("", total=total_steps, eta="-")
         self._figures = Text()
+        self._val_loss: float | None = None
         # No refresh thread: the training draws when it has something new, and owns the interpreter otherwise.
         self._live = Live(self._frame(), console=log.console(), auto_refresh=False)
         self._started = False
@@ -103,7 +104,9 @@ class _Bar:
         """Show a record, unless the last drawing is too fresh for an eye to tell."""
         eta = "-" if eta_s is None else format_duration(eta_s)
         self._progress.update(self._task, completed=record["step"], eta=eta)
-        self._figures = Text(" | ".join(_figures(record)), style="dim", no_wrap=True, overflow="ellipsis")
+        self._val_loss = record.get("val_loss", self._val_loss)
+        figures = _figures({**record, "val_loss": self._val_loss})
+        self._figures = Text(_packed(figures, log.console().width), style="dim")
         now = self._clock()
         if not at_once and now - self._drawn_s < DRAW_EVERY_S:
             return
@@ -135,7 +138,7 @@ _FIGURES: tuple[tuple[str, Callable[[Any], str]], ...] = (
     ("grad_norm", lambda value: f"grad {value:.2f}"),
     ("tokens_per_second", lambda value: f"{value:,.0f} tok/s"),
     ("steps_per_second", lambda value: f"{value:.2f} steps/s"),
-    ("mfu", lambda value: f"MFU {value * 100:.1f} %"),
+    ("mfu", lambda value: f"MFU {_percent(value)}"),
     ("files", lambda value: f"files {value:,}"),
     ("data_wait_ms", lambda value: f"wait {value:.1f} ms"),
     ("gpu_utilization", lambda value: f"GPU {value:.0f} %"),
@@ -145,10 +148,25 @@ _FIGURES: tuple[tuple[str, Callable[[Any], str]], ...] = (
 )
 
 
+def _percent(fraction: float) -> str:
+    return f"{fraction * 100:.1f} %"
+
+
 def _figures(record: Mapping[str, Any]) -> list[str]:
     """What a line shows of a record, in the order of its use to a reader."""
     shown = (text(record[key]) for key, text in _FIGURES if record.get(key) is not None)
     return [text for text in shown if text]
+
+
+def _packed(words: Sequence[str], width: int) -> str:
+    """`words` with bars between them, broken into lines of `width` characters only where a bar would be."""
+    lines: list[str] = []
+    for word in words:
+        if lines and len(lines[-1]) + 3 + len(word) <= width:
+            lines[-1] += f" | {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
 
 
 def format_duration(seconds: float) -> str:
@@ -161,23 +179,23 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-_SUMMARY_ROWS: tuple[tuple[str, str, str], ...] = (
+_SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     # key, label, format
-    ("files_processed", "files", "{:,}"),
-    ("shards_skipped", "shards skipped", "{:,}"),
-    ("tokens", "tokens", "{:,}"),
-    ("steps", "steps", "{:,}"),
-    ("first_loss", "first loss", "{:.4f}"),
-    ("last_loss", "last loss", "{:.4f}"),
-    ("val_loss", "validation loss", "{:.4f}"),
-    ("unigram_entropy", "unigram entropy", "{:.4f}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
-    ("mfu", "MFU", "{:.1%}"),
-    ("checkpoints_committed", "checkpoints committed", "{:,}"),
-    ("checkpoints_verified", "checkpoints verified", "{:,}"),
-    ("uploads_failed", "uploads failed", "{:,}"),
-    ("logs", "logs", "{}"),
-    ("checkpoints", "checkpoints", "{}"),
+    ("files_processed", "files", "{:,}".format),
+    ("shards_skipped", "shards skipped", "{:,}".format),
+    ("tokens", "tokens", "{:,}".format),
+    ("steps", "steps", "{:,}".format),
+    ("first_loss", "first loss", "{:.4f}".format),
+    ("last_loss", "last loss", "{:.4f}".format),
+    ("val_loss", "validation loss", "{:.4f}".format),
+    ("unigram_entropy", "unigram entropy", "{:.4f}".format),
+    ("tokens_per_second", "tokens/s", "{:,.0f}".format),
+    ("mfu", "MFU", _percent),
+    ("checkpoints_committed", "checkpoints committed", "{:,}".format),
+    ("checkpoints_verified", "checkpoints verified", "{:,}".format),
+    ("uploads_failed", "uploads failed", "{:,}".format),
+    ("logs", "logs", str),
+    ("checkpoints", "checkpoints", str),
 )
 
 
@@ -189,7 +207,7 @@ def print_summary(summary: Mapping[str, Any], console: Console, commands: Sequen
         console: where to print; `log.console()`.
         commands: (what it does, command) in the order to show them.
     """
-    rows = [(label, form.format(summary[key])) for key, label, form in _SUMMARY_ROWS if summary.get(key) is not None]
+    rows = [(label, text(summary[key])) for key, label, text in _SUMMARY_ROWS if summary.get(key) is not None]
     console.print()
     if console.is_terminal:
         table = Table(show_header=False, title="Run finished", title_justify="left", title_style="bold")

@@ -9,13 +9,13 @@ import numpy as np
 
 from pretrain import log
 from pretrain.batches import Batches, validation_batches
-from pretrain.config import DataConfig, StorageConfig
+from pretrain.config import DataConfig, ModelConfig, StorageConfig
+from pretrain.errors import ShardError
+from pretrain.manifest import TOKENIZER_NAME
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
 from pretrain.shards import ShardSet, fetch_shards
 from pretrain.storage import ObjectStore, open_store
-
-TOKENIZER_FILE = "tokenizer.json"
 
 logger = log.get(__name__)
 
@@ -44,10 +44,9 @@ class Corpus:
 def fetch_corpus(
     data: DataConfig,
     storage: StorageConfig,
+    model: ModelConfig,
     ranks: Ranks,
     *,
-    vocab_size: int,
-    seq_len: int,
     global_size: int,
     seed: int,
     eval_sequences: int,
@@ -55,7 +54,6 @@ def fetch_corpus(
     """Fetch the shards, each once per node, and lay out the order. Every rank calls it.
 
     Args:
-        seq_len: of a window, without the target beyond its end.
         global_size: windows in a step, over all ranks.
         eval_sequences: windows of a validation, over all ranks.
 
@@ -63,14 +61,19 @@ def fetch_corpus(
         ShardError: no shards, damaged ones, too few tokens, or a vocabulary that is not the model's.
         StorageError: the bucket or the cache can't be used.
     """
-    store, shards = _fetch(data, storage, ranks, vocab_size)
+    seq_len = model.seq_len
+    store, shards = _fetch(data, storage, ranks, model.vocab_size)
+    if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
+        raise ShardError(
+            f"{data.source}: not every rank found the same shards", "Start again once nobody is writing there."
+        )
     batches = Batches(
         shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
     )
     validation = None
     if data.val_source:
         val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _fetch(val_data, storage, ranks, vocab_size)
+        _, val_shards = _fetch(val_data, storage, ranks, model.vocab_size)
         validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
     return Corpus(
         batches=batches,
@@ -78,7 +81,7 @@ def fetch_corpus(
         validation=validation,
         skipped_shards=shards.skipped,
         unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
-        tokenizer=store.read_bytes(TOKENIZER_FILE).decode() if store.stat(TOKENIZER_FILE) else None,
+        tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
     )
 
 
@@ -92,5 +95,6 @@ def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, vocab_size: i
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
     )
-    logger.info("data: %d shards, %s tokens, %d left out", len(shards.shards), f"{shards.n_tokens:,}", len(shards.skipped))
+    skipped = len(shards.skipped)
+    logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
     return store, shards

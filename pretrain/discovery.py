@@ -83,9 +83,7 @@ def choose(
     Raises:
         CheckpointError: the named one is missing or damaged, or there are commits and none verifies.
     """
-    passed_over = [
-        f"{name}: {problem}" for name, problem in inventory.damaged.items() if resume in (AUTO, str(name))
-    ]
+    passed_over = [f"{name}: {problem}" for name, problem in inventory.damaged.items() if resume in (AUTO, str(name))]
     for manifest, is_local in inventory.newest_first():
         if resume not in (AUTO, str(manifest.name)):
             continue

@@ -22,8 +22,8 @@ from pretrain.storage import Listing, ObjectInfo, ObjectMissing, checked_name, e
 
 T = TypeVar("T")
 
-# The client reads a whole chunk into memory, and without TLS a chunk must be sent within timeout_s. A multiple of
-# 256 KiB by the API's rule; below it, one request carries the whole object.
+# Of a resumable upload, which the client takes above 8 MiB; a multiple of 256 KiB by the API's rule. Bigger chunks cost
+# memory and, without TLS, must be sent within timeout_s; smaller ones wait more often for an answer.
 CHUNK_BYTES = 32 << 20
 _LIST_FIELDS = "items(name,size,crc32c,generation),nextPageToken"
 
@@ -230,7 +230,9 @@ class GcsStore:
             return self._forbidden(action, what, error)
         if status == 401 or isinstance(error, GoogleAuthError):
             return StorageError(f"{what}: {self._access.identity} is not logged in ({cause_of(error)})", LOG_IN)
-        return StorageError(f"{what}: {cause_of(error)}", f"Sent to {self._access.endpoint}.")
+        return StorageError(
+            f"{what}: {cause_of(error)}", f"Asked was {self._access.endpoint}, as {self._access.identity}."
+        )
 
     def _missing(self, action: str, name: str, error: Exception) -> StorageError:
         bucket = self._bucket.name

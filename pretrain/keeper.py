@@ -87,7 +87,7 @@ class Keeper:
                 group=upload_group,
                 workers=storage.upload_workers,
                 on_commit=self._committed_in_bucket,
-                on_failure=lambda name, problem: self._events.put(("upload_failed", {"name": name, "problem": problem})),
+                on_failure=self._upload_failed,
             )
         self._jobs: queue.Queue[SaveJob | None] = queue.Queue(maxsize=1)
         self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
@@ -299,6 +299,9 @@ class Keeper:
     def _committed_in_bucket(self, manifest: Manifest) -> None:
         self._events.put(("checkpoint_committed", {"name": str(manifest.name), "bytes": manifest.total_bytes}))
         self._prune_local()
+
+    def _upload_failed(self, name: str, problem: str) -> None:
+        self._events.put(("upload_failed", {"name": name, "problem": problem}))
 
     def _prune_local(self) -> None:
         """Remove old local checkpoints: all but the newest, and never one that is not yet where it is to be kept."""

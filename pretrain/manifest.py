@@ -15,8 +15,9 @@ from typing import Any
 from pretrain.errors import ShardError
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
-MEND = "delete it and let scripts/download_data.py write it anew, or restore the one that belongs to the shards"
+MEND = "restore the one that belongs to the shards, or delete it: scripts/download_data.py writes one"
 
 
 @dataclass(frozen=True)

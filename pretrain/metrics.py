@@ -27,6 +27,7 @@ from pretrain import log
 from pretrain.config import LogConfig
 from pretrain.console import ConsoleSink
 from pretrain.errors import StorageError
+from pretrain.files import new_file
 from pretrain.sinks import Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
@@ -91,13 +92,9 @@ class Metrics:
     def summary(self, fields: Mapping[str, Any]) -> Path:
         """Write summary.json, whole or not at all, and hand it to the sinks. Returns its path."""
         path = self.folder / SUMMARY_FILE
-        temporary = path.with_suffix(".tmp")
         with self._lock, _disk(self.folder):
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(_json(fields, indent=2) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            with new_file(path) as file:
+                file.write((_json(fields, indent=2) + "\n").encode())
             for sink in self._sinks:
                 sink.summary(fields)
         return path

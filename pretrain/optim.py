@@ -19,7 +19,7 @@ MAX_LOSS_SCALE = 2.0**24
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two AdamW groups: matrices, which decay, and vectors (biases, norms), which don't.
 
-    Source: GPT-3 (arXiv 2005.14165) uses weight decay 0.1; that it spares vectors is the practice of nanoGPT and others.
+    Source: GPT-3 (arXiv 2005.14165) decays by 0.1; that vectors are spared is the practice of nanoGPT and others.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -29,7 +29,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [group for group in groups if group["params"]]
 
 
-def build_adamw(groups: list[dict[str, Any]], config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
+def build_adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW (arXiv 1711.05101) over the groups, in torch's fused form, which CPU and CUDA both have."""
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -42,9 +42,9 @@ class DataOrder:
             CheckpointError: naming what differs.
         """
         differing = [
-            f"{field.name} was {saved.get(field.name)} and is {getattr(self, field.name)}"
-            for field in fields(self)
-            if saved.get(field.name) != getattr(self, field.name)
+            f"{each.name} was {saved.get(each.name)} and is {getattr(self, each.name)}"
+            for each in fields(self)
+            if saved.get(each.name) != getattr(self, each.name)
         ]
         if differing:
             raise CheckpointError(
@@ -67,7 +67,7 @@ class Progress:
     """
 
     step: int = 0
-    position: Position = Position()
+    position: Position = field(default_factory=Position)
     files: int = 0
     tokens: int = 0
     skipped_updates: int = 0

@@ -5,15 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from pretrain import log
 from pretrain.config import Config
 from pretrain.corpus import Corpus
 from pretrain.engine.base import Engine, StepResult
-from pretrain.hardware import GpuMonitor
+from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.metrics import Metrics
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
+
+logger = log.get(__name__)
 
 
 @dataclass
@@ -21,34 +26,54 @@ class Run:
     """Everything a run is made of, as this rank sees it.
 
     Args:
-        first_step: step at which this process began.
+        device: this rank's.
+        total_steps: step at which the run ends.
         flops_per_token: of training, model FLOPs.
+
+    Attributes:
+        first_step: step at which this process began.
         peak_flops: of one rank's device, FLOP/s.
         about: what is constant in a run, for metadata.json.
         skipped_in_a_row: updates left out one after the other, up to now.
         stopped: whether a signal ended the loop.
         timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
+        val_loss: of the last validation.
     """
 
     config: Config
     ranks: Ranks
+    device: torch.device
     corpus: Corpus
     engine: Engine
     keeper: Keeper
     metrics: Metrics
-    monitor: GpuMonitor
     history: LossTracker
     progress: Progress
-    first_step: int
     total_steps: int
     flops_per_token: float
-    peak_flops: float
-    about: dict[str, Any]
     skipped_in_a_row: int = 0
     stopped: bool = False
     timed_steps: int = 0
     timed_seconds: float = 0.0
     val_loss: float | None = None
+
+    def __post_init__(self) -> None:
+        precision = self.config.train.precision
+        self.first_step = self.progress.step
+        self.monitor = GpuMonitor(self.device)
+        self.peak_flops, source = peak_flops(self.device, precision)
+        self.about: dict[str, Any] = {
+            "run": self.config.run.name,
+            "parameters": self.config.model.n_parameters,
+            "engine": self.engine.name,
+            "world_size": self.ranks.world_size,
+            "system_info": {**describe_machine(self.device), "mixed_precision": precision},
+        }
+        if self.monitor.problem:
+            logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
+        name = device_name(self.device)
+        logger.info("engine %s, %s, %d ranks, each on %s", self.engine.name, precision, self.ranks.world_size, name)
+        logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
     def advance(self, progress: Progress, step_s: float, applied: bool) -> None:
         """Take over the progress after a step of so many seconds."""

@@ -24,7 +24,7 @@ from pretrain.errors import ShardError, StorageError
 from pretrain.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, DataManifest
 from pretrain.storage import ObjectInfo, ObjectStore
 
-__all__ = ["Shard", "ShardSet", "fetch_shards", "read_manifest", "select_shards"]
+__all__ = ["Shard", "ShardSet", "fetch_shards", "missing_shards", "read_manifest", "select_shards"]
 
 SIBLING_PATIENCE_S = 1800.0  # without any new shard; a single one takes seconds to minutes
 SIBLING_POLL_S = 0.2
@@ -85,11 +85,11 @@ def fetch_shards(
     workers = max(1, data.download_workers // local_world_size)
     _fetch_own(cache, objects[local_rank::local_world_size], len(objects), workers, on_progress)
     _await_siblings(cache, objects, on_progress)
-    missing = _missing_names(manifest, objects, data)
+    missing = missing_shards(manifest, objects, data.pattern, data.max_files)
     if missing and data.on_bad_shard == "stop":
         raise ShardError(
             f"{store.url}: {MANIFEST_NAME} names {len(missing)} shards that are not there, such as {missing[0]}",
-            "restore them, or write the manifest anew with scripts/download_data.py",
+            f"restore them, or delete that {MANIFEST_NAME}",
         )
     return _judge(cache, objects, missing)
 
@@ -159,13 +159,15 @@ def _await_siblings(cache: ShardCache, objects: Sequence[ObjectInfo], on_progres
         time.sleep(SIBLING_POLL_S)
 
 
-def _missing_names(manifest: DataManifest | None, objects: Sequence[ObjectInfo], data: DataConfig) -> list[str]:
-    """Shards of the manifest that the run should have found."""
+def missing_shards(
+    manifest: DataManifest | None, objects: Sequence[ObjectInfo], pattern: str, max_files: int
+) -> list[str]:
+    """Names in the manifest that `select_shards` should have found."""
     if manifest is None:
         return []
-    names = sorted(entry.name for entry in manifest.shards if fnmatchcase(PurePosixPath(entry.name).name, data.pattern))
+    names = sorted(entry.name for entry in manifest.shards if fnmatchcase(PurePosixPath(entry.name).name, pattern))
     found = {info.name for info in objects}
-    return [name for name in (names[: data.max_files] if data.max_files else names) if name not in found]
+    return [name for name in (names[:max_files] if max_files else names) if name not in found]
 
 
 def _judge(cache: ShardCache, objects: Sequence[ObjectInfo], missing: Sequence[str]) -> ShardSet:

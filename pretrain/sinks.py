@@ -15,6 +15,7 @@ from pretrain import log
 from pretrain.errors import ConfigError
 
 RUN_ID_FILE = "wandb_run_id"
+PATIENCE_S = 20  # a run waits no longer than this for W&B at its start, nor at its end: spot machines give 30 s
 
 _log = log.get(__name__)
 
@@ -105,13 +106,19 @@ class WandbSink(Sink):
             self._start(mode)
         except Exception as error:  # noqa: BLE001 - W&B raises a dozen kinds that share no base
             _log.warning("W&B can't be reached, going on offline: %s", " ".join(str(error).split()))
-            self._guard(self._start, "offline")
+            self._guard(self._start_again_offline)
         if self._run is not None and self._run.offline:
             _log.info("W&B is offline; to send the run later: wandb sync %s/wandb/offline-run-*", folder)
 
     def _start(self, mode: str) -> None:
         # console="off": training.log has the output, and W&B's own capture breaks the progress bar.
-        quiet = self._wandb.Settings(console="off", silent=True, init_timeout=60)
+        quiet = self._wandb.Settings(
+            console="off",
+            silent=True,
+            init_timeout=PATIENCE_S,
+            finish_timeout=PATIENCE_S,
+            finish_timeout_raises=True,
+        )
         resume = "allow" if mode == "online" else None  # offline the id alone does it
         self._run = self._wandb.init(
             mode=mode, id=self._id, resume=resume, dir=str(self._folder), settings=quiet, **self._settings
@@ -119,6 +126,10 @@ class WandbSink(Sink):
         # The step is a field and not W&B's own counter, which refuses to go back to a checkpoint's step.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
+
+    def _start_again_offline(self) -> None:
+        self._wandb.teardown()  # its service still holds the run id of the try that failed
+        self._start("offline")
 
     def _guard(self, call: Callable[..., object], *args: Any) -> None:
         """Call W&B; its first failure is a warning and ends the sink."""

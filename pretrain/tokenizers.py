@@ -10,6 +10,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pretrain.errors import ConfigError, ShardError
+from pretrain.files import new_file
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 256 + 1  # every byte, so that any text can be encoded, and the end of text
@@ -70,10 +71,9 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write tokenizer.json, by rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    temporary.replace(path)
+    """Write tokenizer.json, whole or not at all."""
+    with new_file(path) as file:
+        file.write(tokenizer.to_str(pretty=True).encode())
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

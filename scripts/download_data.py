@@ -2,9 +2,10 @@
 
     python scripts/download_data.py --data gs://bucket/prefix --output_dir data/training
 
-Nested folders are kept. A shard whose size and crc32c are right already is not fetched again. Each new one is opened and
-read to its end, every bad one is named, and only when all are good is OUTPUT_DIR/manifest.json written. Exit codes:
-0 all shards are there and good, 2 wrong settings, 3 bad shards, 4 storage.
+Nested folders are kept. A shard whose size and crc32c are right already is not fetched again. Each new one is opened
+and read to its end, every bad one is named, and only when all are good is OUTPUT_DIR/manifest.json written: the
+source's, where it says what was found. Exit codes: 0 all shards are there and good, 2 wrong settings, 3 bad or missing
+shards, 4 storage.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from rich.console import Console
 from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, ShardError, StorageError, TrainerError
 from pretrain.files import crc32c_of_file, disk_problem, free_disk_bytes, new_file
-from pretrain.manifest import MANIFEST_NAME, DataManifest, ShardEntry
+from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest, ShardEntry
 from pretrain.npz import check_vocab, read_npz
-from pretrain.shards import read_manifest, select_shards
+from pretrain.shards import missing_shards, read_manifest, select_shards
 from pretrain.storage import LocalStore, ObjectInfo, ObjectStore, checked_name, open_store
 from pretrain.transfers import TransferProgress
 
@@ -39,10 +40,12 @@ class Staged:
     """What became of the shards."""
 
     shards: int
+    """That should be there."""
     tokens: int
     bytes: int
     downloaded: int
     bad: tuple[ShardError, ...]
+    """One for each shard that is damaged or missing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps(report(staged), indent=1))
     if staged.bad:
-        print(f"data error: {len(staged.bad)} of {staged.shards} shards are bad; no manifest written", file=sys.stderr)
+        print(
+            f"data error: {len(staged.bad)} of {staged.shards} shards are bad or missing; no manifest written",
+            file=sys.stderr,
+        )
         return ShardError.exit_code
     return 0
 
@@ -100,20 +106,14 @@ def check(options: argparse.Namespace) -> None:
 
 def report(staged: Staged) -> dict[str, Any]:
     """The object that --json prints."""
-    rows = [
-        ("shards_good", staged.shards - len(staged.bad), staged.shards, "shards"),
-        ("bad", len(staged.bad), 0, "shards"),
-    ]
-    checks = [
-        {"name": name, "value": value, "goal": goal, "unit": unit, "passed": value == goal}
-        for name, value, goal, unit in rows
-    ]
+    good = staged.shards - len(staged.bad)
+    check = {"name": "shards_good", "value": good, "goal": staged.shards, "unit": "shards", "passed": not staged.bad}
     figures = {"tokens": staged.tokens, "bytes": staged.bytes, "downloaded": staged.downloaded}
     return {
         "name": "download_data",
         "device": f"cpu-{os.cpu_count()}core",
-        "checks": checks,
-        "passed": all(check["passed"] for check in checks),
+        "checks": [check],
+        "passed": not staged.bad,
         **figures,
         "bad": [problem.what for problem in staged.bad],
     }
@@ -152,7 +152,8 @@ class Stager:
             f"would download {len(absent)} of {len(self.objects)} shards, {gib(n_bytes)}, to {self.folder}: "
             f"{gib(free)} free, {room}"
         )
-        return Staged(len(self.objects), 0, n_bytes, 0, ())
+        missing = tuple(self._missing())
+        return Staged(len(self.objects) + len(missing), 0, n_bytes, 0, missing)
 
     def stage(self) -> Staged:
         """Download, verify and write the manifest.
@@ -165,8 +166,11 @@ class Stager:
         entries, bad, downloaded = self._stage_all()
         n_bytes = sum(info.size for info in self.objects)
         n_tokens = sum(entry.tokens for entry in entries)
-        staged = Staged(len(self.objects), n_tokens, n_bytes, downloaded, tuple(bad))
+        missing = self._missing()
+        bad += missing
+        staged = Staged(len(self.objects) + len(missing), n_tokens, n_bytes, downloaded, tuple(bad))
         if not bad:
+            self._stage_tokenizer()
             self._write_manifest(tuple(entries))
             self.console.print(
                 f"{len(entries)} shards in {self.folder}: {n_tokens:,} tokens, {gib(n_bytes)}, all verified, "
@@ -174,9 +178,23 @@ class Stager:
             )
         return staged
 
+    def _stage_tokenizer(self) -> None:
+        """Bring tokenizer.json along where it lies beside the shards: checkpoints carry it on."""
+        found, path = self.store.stat(TOKENIZER_NAME), self.folder / TOKENIZER_NAME
+        in_place = isinstance(self.store, LocalStore) and (self.store.root / TOKENIZER_NAME).resolve() == path.resolve()
+        if found and not in_place:
+            self.store.download(TOKENIZER_NAME, path)
+
     def _absent(self) -> list[ObjectInfo]:
         """Shards that are not there in their size: what needs room."""
         return [info for info in self.objects if not _has_size(self._path(info), info.size)]
+
+    def _missing(self) -> list[ShardError]:
+        """One error for each shard that the source's manifest names and the source lacks."""
+        names = missing_shards(self.source_manifest, self.objects, self.options.pattern, self.options.max_files)
+        mend = f"restore it, or delete {MANIFEST_NAME} there and run this again"
+        found = f"not there, though {MANIFEST_NAME} names it"
+        return [ShardError(f"shard {self.store.url}/{name}: {found}", mend) for name in names]
 
     def _check_room(self) -> None:
         absent = self._absent()

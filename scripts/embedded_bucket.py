@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -25,9 +26,10 @@ from pathlib import Path
 from socketserver import TCPServer
 from typing import Any
 
+from gcp_storage_emulator.exceptions import BadRequest
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
-from gcp_storage_emulator.storage import Storage
+from gcp_storage_emulator.storage import RESUMABLE_DIR, Storage
 
 from pretrain.errors import ConfigError, StorageError, TrainerError
 from pretrain.files import disk_problem, new_file
@@ -52,11 +54,36 @@ class BucketStorage(Storage):
         temporary.write_text(json.dumps(state))
         temporary.replace(path)
 
+    def add_to_resumable_upload(
+        self, file_id: str, content: bytes, total_size: int | None = None, expected_start: int | None = None
+    ) -> bytes | None:
+        """Appends a chunk; the whole content when it was the last. The emulator's own rewrites all at each chunk."""
+        path = self._store._disk_path(self._object_path(RESUMABLE_DIR, self.safe_id(file_id)))
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab") as file:
+            received = file.tell()
+            if expected_start is not None and expected_start != received:
+                raise BadRequest(f"the chunk starts at {expected_start}, expected was {received}")
+            file.write(content)
+        received += len(content)
+        return None if total_size is None or received < total_size else path.read_bytes()
+
+    def forget_uploads(self) -> None:
+        """Drops uploads that were broken off: our client starts again instead of resuming them."""
+        self.resumable.clear()
+        shutil.rmtree(self._store._disk_path(RESUMABLE_DIR), ignore_errors=True)
+
+    def get_resumable_byte_count(self, file_id: str) -> int:
+        """Bytes of an upload that have arrived so far."""
+        path = self._store._disk_path(self._object_path(RESUMABLE_DIR, self.safe_id(file_id)))
+        return path.stat().st_size if path.exists() else 0
+
 
 class Handler(RequestHandler):
     """The emulator's handler; a client that stops in the middle of a request holds the others up only so long."""
 
     timeout = 30
+    disable_nagle_algorithm = True  # head and body are two writes: the second would wait 40 ms for an acknowledgement
 
 
 class Server(HTTPServer):
@@ -83,6 +110,7 @@ def serve(root: Path, bucket: str, port: int, endpoint_file: Path, parent_pid: i
     """
     try:
         storage = BucketStorage(data_dir=str(root.absolute()))
+        storage.forget_uploads()
         _make_bucket(storage, bucket)
     except json.JSONDecodeError as error:
         raise StorageError(f"{root}: the bucket's state is damaged ({error})", f"Start over: rm -r {root}") from error

@@ -2,8 +2,9 @@
 
     python scripts/make_demo_data.py --output_dir demo [--upload gs://bucket/prefix]
 
-Writes OUTPUT_DIR/shards/*.npz and OUTPUT_DIR/val/*.npz, each with a manifest.json beside them, and tokenizer.json, a
-byte-level BPE trained on the training documents. The same text gives the same bytes; what is there already is kept.
+Writes OUTPUT_DIR/shards/*.npz and OUTPUT_DIR/val/*.npz, each with a manifest.json beside them, and beside the first
+tokenizer.json, a byte-level BPE trained on the training documents. The same text gives the same bytes; what is there
+already is kept.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from rich.console import Console
 from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, ShardError, StorageError, TrainerError
 from pretrain.files import crc32c_of_file, new_file
-from pretrain.manifest import MANIFEST_NAME, DataManifest, ShardEntry
+from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest, ShardEntry
+from pretrain.npz import read_npz
 from pretrain.storage import ObjectExists, ObjectStore, open_store
 from pretrain.tokenizers import encode, end_of_text_id, save_tokenizer, train_bpe
 from pretrain.transfers import TransferProgress
@@ -40,6 +42,7 @@ VAL_TOKENS_LIMIT = 100_000
 PADDED_EVERY = 5  # every fifth shard is in the padded dialect, so that the demo reads both
 PADDED_LENGTH = 512
 RECIPE_NAME = "recipe.json"
+TOKENIZER = f"shards/{TOKENIZER_NAME}"
 UPLOAD_THREADS = 4
 
 
@@ -109,7 +112,8 @@ def _read_text(path: Path) -> str:
 
 def split(documents: Sequence[Document]) -> tuple[list[str], list[str]]:
     """(training texts, validation texts), told apart by the documents' hashes."""
-    train, val = [], []
+    train: list[str] = []
+    val: list[str] = []
     for document in documents:
         (val if int(document.digest[-8:], 16) % 100 < VAL_PERCENT else train).append(document.text)
     return train, val
@@ -134,7 +138,7 @@ def make(options: argparse.Namespace, console: Console) -> None:
     console.print(f"demo data: {len(documents)} documents of this Python's standard library, {n_mb:.1f} MB to train on")
     started_s = time.monotonic()
     tokenizer = train_bpe(train_texts, options.vocab_size)
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    save_tokenizer(tokenizer, folder / TOKENIZER)
     console.print(f"demo data: tokenizer of {options.vocab_size} ids, {time.monotonic() - started_s:.1f} s")
 
     train = take_tokens(encode(tokenizer, train_texts), options.tokens)
@@ -161,7 +165,7 @@ def is_complete(folder: Path, recipe: dict[str, object]) -> bool:
     try:
         if json.loads((folder / RECIPE_NAME).read_text(encoding="utf-8")) != recipe:
             return False
-        if not (folder / "tokenizer.json").is_file():
+        if not (folder / TOKENIZER).is_file():
             return False
         for part in ("shards", "val"):
             manifest = DataManifest.from_json((folder / part / MANIFEST_NAME).read_bytes())
@@ -203,10 +207,16 @@ def write_shards(folder: Path, documents: Sequence[np.ndarray], n_shards: int, h
         path = folder / f"tokenized_cleaned_{index:05d}.npz"
         write = write_padded if index % PADDED_EVERY == PADDED_EVERY - 1 else write_stream
         write(path, stream[first:last], np.diff(cuts))
-        entries.append(ShardEntry(path.name, last - first, len(cuts) - 1, path.stat().st_size, crc32c_of_file(path)))
+        entries.append(entry_of(path))
     manifest = DataManifest(header.tokenizer, header.vocab_size, header.eot_id, tuple(entries), header.unigram_entropy)
     with new_file(folder / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())
+
+
+def entry_of(path: Path) -> ShardEntry:
+    """What the trainer will find in the shard, by its own reader."""
+    tokens, lengths = read_npz(path)
+    return ShardEntry(path.name, len(tokens), len(lengths), path.stat().st_size, crc32c_of_file(path))
 
 
 def write_stream(path: Path, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -238,7 +248,7 @@ def upload(folder: Path, store: ObjectStore, console: Console) -> None:
     Raises:
         StorageError: another content is there under one of the names.
     """
-    names = ["tokenizer.json"]
+    names = [TOKENIZER]
     for part in ("shards", "val"):
         manifest = DataManifest.from_json((folder / part / MANIFEST_NAME).read_bytes())
         names += [f"{part}/{entry.name}" for entry in manifest.shards]

@@ -17,6 +17,8 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reaches a real bucket in the name of whoever runs it."""
     for name in ("GOOGLE_APPLICATION_CREDENTIALS", "STORAGE_EMULATOR_HOST"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", "/nonexistent")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ class NativeEngine:
         self._module.to(PRECISION_DTYPES[precision])
         self._parameters: list[Tensor] = list(self._module.parameters())
         groups = parameter_groups(self._masters.items(), optim.weight_decay)
-        self._adamw = build_adamw(groups, optim, device)
+        self._adamw = build_adamw(groups, optim)
         zero_moments(self._adamw, 0)
         initial_scale = engine.initial_loss_scale if precision == "fp16" else 1.0
         self._loss_scale = LossScale(initial_scale, engine.loss_scale_window)

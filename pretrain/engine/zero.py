@@ -9,7 +9,9 @@ import contextlib
 import io
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +34,9 @@ logger = log.get(__name__)
 
 
 def prepare_import(device: torch.device) -> None:
-    """Tell DeepSpeed its device and to be quiet; it reads both from the environment when it is first imported."""
+    """Tell DeepSpeed its device, to be quiet, and where ninja is; it reads the environment at its first import."""
+    # The ninja that pip installed lies beside this Python, which need not be on the PATH.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -73,7 +77,7 @@ class ZeroEngine:
         with contextlib.redirect_stdout(io.StringIO()):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
-                optimizer=build_adamw(groups, optim, device),
+                optimizer=build_adamw(groups, optim),
                 config=settings,
                 dist_init_required=False,
             )

@@ -161,7 +161,7 @@ def test_every_field_has_a_help_line(capsys):
     said = "".join(capsys.readouterr().out.split())  # lines may break inside a name, at its hyphen
     assert ended.value.code == 0
     for section in dataclasses.fields(arguments.Config):
-        for field in dataclasses.fields(section.default_factory):  # type: ignore[arg-type]
+        for field in dataclasses.fields(section.default_factory):
             assert f"--{section.name}.{field.name}" in said
     assert all(option in said for option in (*arguments.ALIASES, *arguments.SWITCHES))
 

@@ -87,6 +87,14 @@ def test_windows_inside_a_shard_are_shuffled_and_shards_are_permuted(tmp_path):
     assert batches._epoch(0).order.tolist() != list(range(8))
 
 
+def test_every_group_is_shuffled_its_own_way(tmp_path):
+    batches = Batches(make_shards(tmp_path, *[400] * 4), seq_len=4, global_size=1, seed=0)
+    starts = batches._epoch(0).order * 400
+    firsts = epoch_windows(batches)[:396, 0]
+    orders = {tuple(firsts[shard * 100 : shard * 100 + 96] - starts[shard]) for shard in range(4)}
+    assert len(orders) == 4
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("group", [1, 3])
 def test_the_global_batch_does_not_depend_on_the_number_of_ranks(tmp_path, world_size, group):

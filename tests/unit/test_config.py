@@ -91,7 +91,8 @@ def test_every_problem_is_reported_at_once():
 def test_an_impossible_batch_names_the_micro_batches_that_fit():
     problem = validate(make(batch=BatchConfig(global_size=12, micro_size=8)), world_size=2)
     assert problem == [
-        "batch.global_size 12 is not divisible by micro_size 8 × 2 ranks = 16: set batch.micro_size to one of [1, 2, 3, 6]"
+        "batch.global_size 12 is not divisible by micro_size 8 × 2 ranks = 16: "
+        "set batch.micro_size to one of [1, 2, 3, 6]"
     ]
     nothing_fits = validate(make(batch=BatchConfig(global_size=4, micro_size=1)), world_size=3)
     assert "set batch.global_size to a multiple of the 3 ranks" in nothing_fits[0]

@@ -144,6 +144,13 @@ def test_a_replaced_object_is_read_again(source, data):
     assert second.fingerprint != first.fingerprint
 
 
+def test_another_pad_token_is_another_shard(source, data):
+    np.savez(source / "a_0.npz", input_ids=np.array([[1, 2, 9, 9]]))
+    padded = fetch_shards(LocalStore(source), data, vocab_size=103)
+    stripped = fetch_shards(LocalStore(source), dataclasses.replace(data, pad_token_id=9), vocab_size=103)
+    assert (padded.shards[0].n_tokens, stripped.shards[0].n_tokens) == (4, 2)
+
+
 def test_the_fingerprint_is_of_the_tokens_not_of_where_or_how_they_are_kept(source, data, tmp_path):
     first = fetch_shards(LocalStore(source), data, vocab_size=103)
     copy = tmp_path / "copy"

@@ -9,10 +9,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pretrain import files
+from pretrain import credentials, files
 from pretrain.config import StorageConfig
 from pretrain.credentials import PROJECT_ROOT
 from pretrain.errors import ConfigError, StorageError
@@ -30,7 +31,6 @@ from pretrain.storage import (
 from tests.emulators import Emulator, embedded_bucket
 
 CONFIG = StorageConfig(deadline_s=5.0, timeout_s=5.0, max_backoff_s=0.01)
-AS_ROOT = os.geteuid() == 0
 
 
 @pytest.fixture(scope="module")
@@ -233,29 +233,30 @@ def test_a_download_replaces_an_older_file_only_when_it_is_complete(local: Local
     assert target.read_bytes() == b"new" * 1_000_000
 
 
-def test_a_full_disk_is_one_clear_error_and_leaves_nothing(local: LocalStore, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, r"target: the disk is full \(\d+ MiB free\). Free space there"),
+        (errno.EACCES, r"target: Permission denied: this user can't .* Choose another folder"),
+        (errno.EROFS, r"target: Read-only file system: this user can't .* ls -ld"),
+    ],
+)
+def test_a_disk_that_refuses_is_one_clear_error_and_leaves_nothing(
+    code: int, message: str, local: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     local.create("x", b"data")
 
-    def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def refuse(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"target: the disk is full \(\d+ MiB free\). Free space there"):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageError, match=message):
         local.download("x", tmp_path / "target" / "x")
-    with pytest.raises(StorageError, match="the disk is full"):
+    with pytest.raises(StorageError, match=message.replace("target", "store")):
         local.create("y", b"data")
     assert not (tmp_path / "target" / "x").exists()
     assert local.stat("y") is None
     assert not leftovers(tmp_path)
-
-
-@pytest.mark.skipif(AS_ROOT, reason="root may write everywhere")
-def test_an_unwritable_folder_is_named(local: LocalStore, tmp_path: Path) -> None:
-    local.create("x", b"data")
-    locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    with pytest.raises(StorageError, match=f"{locked}: Permission denied"):
-        local.download("x", locked / "x")
 
 
 def test_a_folder_that_cannot_be_made_is_named(local: LocalStore, tmp_path: Path) -> None:
@@ -316,8 +317,28 @@ def test_a_broken_key_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     key = tmp_path / "key.json"
     key.write_text("{}")
     monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
-    with pytest.raises(StorageError, match="key.json, which can't be used"):
+    with pytest.raises(StorageError, match=r"key\.json, which can't be used"):
         open_store("gs://bucket", CONFIG)
+
+
+def test_only_a_machine_of_another_maker_is_spared_the_metadata_server(monkeypatch, tmp_path: Path) -> None:
+    model = tmp_path / "product_name"
+    monkeypatch.setattr(credentials, "_MACHINE_MODEL", model)
+    assert credentials._may_be_google_machine()  # unknown: the google client finds out
+    model.write_text("Google Compute Engine\n")
+    assert credentials._may_be_google_machine()
+    model.write_text("Precision 5570\n")
+    assert not credentials._may_be_google_machine()
+    monkeypatch.setenv("GCE_METADATA_HOST", "metadata.example")
+    assert credentials._may_be_google_machine()
+
+
+def test_identities_are_named_as_gcloud_takes_them() -> None:
+    robot = "trainer@project.iam.gserviceaccount.com"
+    assert credentials._names(SimpleNamespace(service_account_email=robot)) == (robot, f"serviceAccount:{robot}")
+    assert credentials._names(SimpleNamespace(account="me@example.org")) == ("me@example.org", "user:me@example.org")
+    assert credentials._names(SimpleNamespace(service_account_email="default"))[0] == "this machine's service account"
+    assert credentials._names(SimpleNamespace())[1] == "user:YOUR_EMAIL"
 
 
 def test_without_credentials_reading_is_anonymous_and_writing_names_the_mend(monkeypatch, tmp_path: Path) -> None:

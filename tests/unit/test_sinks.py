@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import builtins
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from pretrain.errors import ConfigError
+from pretrain.sinks import TensorBoardSink, WandbSink, has_wandb_key, tag
+
+RECORD = {"step": 3, "time": 50.0, "loss": 2.5, "mfu": 0.4, "val_loss": 3.0, "gpu_power_w": 310.0, "note": "warm"}
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("loss", "train/loss"),
+        ("grad_norm", "train/grad_norm"),
+        ("tokens", "train/tokens"),
+        ("tokens_per_second", "perf/tokens_per_second"),
+        ("data_wait_ms", "perf/data_wait_ms"),
+        ("mfu", "perf/mfu"),
+        ("host_memory_gb", "system/host_memory_gb"),
+        ("gpu_utilization", "system/gpu_utilization"),
+        ("val_loss", "val/loss"),
+    ],
+)
+def test_each_field_has_its_chart(field, expected):
+    assert tag(field) == expected
+
+
+def test_tensorboard_hides_the_points_a_resumed_run_repeats(tmp_path):
+    pytest.importorskip("torch")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first_step, loss in ((0, 1.0), (2, 2.0)):
+        sink = TensorBoardSink(tmp_path, {"lr": 1e-3}, first_step)
+        for step in range(first_step + 1, 4):
+            sink.write(RECORD | {"step": step, "loss": loss})
+        sink.event("checkpoint_committed", {"step": 3})
+        sink.summary({"steps": 3})
+        sink.close()
+    charts = EventAccumulator(str(tmp_path))
+    charts.Reload()
+    assert [(point.step, point.value) for point in charts.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert charts.Scalars("val/loss")[-1].wall_time == 50.0
+    assert sorted(charts.Tags()["scalars"]) == ["perf/mfu", "system/gpu_power_w", "train/loss", "val/loss"]
+
+
+class FakeWandb:
+    """What WandbSink uses of wandb; `fail` names the calls that raise."""
+
+    def __init__(self, *fail: str) -> None:
+        self.fail = set(fail)
+        self.starts: list[dict] = []
+        self.logged: list[dict] = []
+        self.finished = self.torn_down = 0
+        self.summary = SimpleNamespace(update=lambda fields: self._called("summary"))
+
+    def _called(self, name: str) -> None:
+        if name in self.fail:
+            raise ConnectionError(f"{name}: no route")
+
+    def Settings(self, **settings):
+        return settings
+
+    def init(self, **options):
+        self.starts.append(options)
+        self._called(f"init {options['mode']}")
+        self.offline = options["mode"] == "offline"
+        return self
+
+    def teardown(self):
+        self.torn_down += 1
+
+    def define_metric(self, *args, **options):
+        pass
+
+    def log(self, fields):
+        self._called("log")
+        self.logged.append(fields)
+
+    def finish(self):
+        self._called("finish")
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch, tmp_path):
+    def install(*fail: str) -> FakeWandb:
+        fake = FakeWandb(*fail)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    return install
+
+
+def open_wandb(folder, first_step: int = 0) -> WandbSink:
+    return WandbSink(folder, "project", "run", {"lr": 1}, first_step)
+
+
+def test_wandb_is_offline_without_a_key_and_online_with_one(wandb, tmp_path, monkeypatch):
+    fake = wandb()
+    open_wandb(tmp_path)
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    open_wandb(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    open_wandb(tmp_path)
+    assert [start["mode"] for start in fake.starts] == ["offline", "online", "offline"]
+    assert fake.starts[1]["resume"] == "allow"
+
+
+def test_a_key_is_found_in_netrc_for_the_host_in_use(wandb, tmp_path, monkeypatch):
+    wandb()
+    assert not has_wandb_key()
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert has_wandb_key()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not has_wandb_key()
+
+
+def test_a_resumed_run_is_the_same_wandb_run_and_a_fresh_one_is_not(wandb, tmp_path):
+    fake = wandb()
+    for first_step in (0, 5, 0):
+        open_wandb(tmp_path, first_step)
+    first, resumed, fresh = (start["id"] for start in fake.starts)
+    assert first == resumed != fresh
+    assert (tmp_path / "wandb_run_id").read_text().strip() == fresh
+
+
+def test_wandb_gets_the_charts_with_the_step_as_a_field(wandb, tmp_path):
+    fake = wandb()
+    sink = open_wandb(tmp_path)
+    sink.write(RECORD)
+    sink.close()
+    sink.close()
+    assert fake.logged == [
+        {"step": 3, "train/loss": 2.5, "perf/mfu": 0.4, "val/loss": 3.0, "system/gpu_power_w": 310.0}
+    ]
+    assert fake.finished == 1
+
+
+def test_a_server_out_of_reach_means_offline(wandb, tmp_path, monkeypatch):
+    fake = wandb("init online")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    sink = open_wandb(tmp_path)
+    sink.write(RECORD)
+    assert [start["mode"] for start in fake.starts] == ["online", "offline"]
+    assert fake.torn_down == 1
+    assert len(fake.logged) == 1
+
+
+@pytest.mark.parametrize("fail", ["log", "summary", "finish", "init offline"])
+def test_wandb_trouble_never_stops_the_training(wandb, tmp_path, fail):
+    fake = wandb(fail)
+    sink = open_wandb(tmp_path)
+    sink.write(RECORD)
+    sink.write(RECORD)
+    sink.summary({"steps": 3})
+    sink.close()
+    assert len(fake.logged) == (0 if fail in ("log", "init offline") else 2)
+
+
+@pytest.mark.parametrize(
+    ("module", "make", "switch"),
+    [("wandb", open_wandb, "--no-wandb"), ("torch.utils", lambda f: TensorBoardSink(f, {}, 0), "--no-tensorboard")],
+)
+def test_a_missing_package_is_a_config_error_with_its_switch(tmp_path, monkeypatch, module, make, switch):
+    real = builtins.__import__
+
+    def refuse(name, *args, **options):
+        if name.startswith(module):
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *args, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ConfigError, match=switch):
+        make(tmp_path)
