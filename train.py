@@ -84,7 +84,6 @@ def train(invocation: Invocation) -> int:
 
 def build(invocation: Invocation) -> Run:
     """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
-    from model import flops_per_token
     from pretrain.corpus import fetch_corpus
     from pretrain.engine.build import build_engine
     from pretrain.history import LossTracker
@@ -122,8 +121,7 @@ def build(invocation: Invocation) -> Run:
         first_step=progress.step,
         rank=me.rank,
     )
-    flops = flops_per_token(config.model, config.model.seq_len)
-    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps, flops)
+    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps)
 
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:

@@ -138,8 +138,11 @@ def leave(ranks: Ranks) -> None:
 
 def local_ranks() -> tuple[int, int]:
     """(rank on this node, ranks on this node) as the launcher set them; RANK and WORLD_SIZE where it set only those."""
-    rank = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")))
-    return rank, int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    environment = os.environ
+    rank = environment.get("LOCAL_RANK", environment.get("RANK", "0"))
+    # DeepSpeed's launcher says LOCAL_SIZE where the others say LOCAL_WORLD_SIZE.
+    size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment.get("WORLD_SIZE", "1")))
+    return int(rank), int(size)
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from model import flops_per_token
 from pretrain import log
 from pretrain.config import Config
 from pretrain.corpus import Corpus
@@ -28,10 +29,10 @@ class Run:
     Args:
         device: this rank's.
         total_steps: step at which the run ends.
-        flops_per_token: of training, model FLOPs.
 
     Attributes:
         first_step: step at which this process began.
+        flops_per_token: of training, model FLOPs.
         peak_flops: of one rank's device, FLOP/s.
         about: what is constant in a run, for metadata.json.
         skipped_in_a_row: updates left out one after the other, up to now.
@@ -50,7 +51,6 @@ class Run:
     history: LossTracker
     progress: Progress
     total_steps: int
-    flops_per_token: float
     skipped_in_a_row: int = 0
     stopped: bool = False
     timed_steps: int = 0
@@ -60,6 +60,7 @@ class Run:
     def __post_init__(self) -> None:
         precision = self.config.train.precision
         self.first_step = self.progress.step
+        self.flops_per_token = flops_per_token(self.config.model, self.config.model.seq_len)
         self.monitor = GpuMonitor(self.device)
         self.peak_flops, source = peak_flops(self.device, precision)
         self.about: dict[str, Any] = {

@@ -48,7 +48,7 @@ def deepspeed_settings(
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         return {}, [f"engine.ds_config {path} can't be read: {error.strerror}"]
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # neither text nor JSON
         return {}, [f"engine.ds_config {path} is not valid JSON: {error}"]
     if not isinstance(settings, dict):
         return {}, [f"engine.ds_config {path} must hold an object, found {type(settings).__name__}"]
@@ -57,12 +57,22 @@ def deepspeed_settings(
         for key in OWNED_BY_OPTIM
         if key in settings
     ]
-    stage = settings.get("zero_optimization", {}).get("stage")
+    zero = settings.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2):
         problems.append(f"{path} asks for ZeRO stage {stage}; this engine runs stage 1 or 2")
     derived = derived_settings(engine, optim, batch, precision, world_size)
     problems += _contradictions(settings, derived, str(path))
-    return {**settings, **derived}, problems
+    return _merged(settings, derived), problems
+
+
+def _merged(settings: dict[str, Any], derived: dict[str, Any]) -> dict[str, Any]:
+    """The file's settings under the derived ones, section by section: what only the file says of a section stays."""
+    merged = {**settings, **derived}
+    for key, section in derived.items():
+        if isinstance(section, dict) and isinstance(settings.get(key), dict):
+            merged[key] = {**settings[key], **section}
+    return merged
 
 
 def _contradictions(settings: dict[str, Any], derived: dict[str, Any], where: str) -> list[str]:

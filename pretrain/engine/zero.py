@@ -28,7 +28,7 @@ from pretrain.engine.base import (
     split_targets,
     zero_moments,
 )
-from pretrain.optim import build_adamw, parameter_groups
+from pretrain.optim import LossScale, build_adamw, parameter_groups
 
 logger = log.get(__name__)
 
@@ -84,7 +84,23 @@ class ZeroEngine:
         self._device = device
         self._zero = self._engine.optimizer
         self._optimizer_steps = 0
+        self._take_over_loss_scale()
         self._link_states()
+
+    def _take_over_loss_scale(self) -> None:
+        """Let DeepSpeed ask our loss scale, so that every engine has the same one.
+
+        Its own doubles after `window` + 1 finite steps, counts in a way that a checkpoint can't tell, and raises a bare
+        Exception where an overflow meets the smallest scale.
+        """
+        scaler = self._zero.loss_scaler
+        self._loss_scale = LossScale(float(scaler.cur_scale), scaler.scale_window if scaler.dynamic else 1)
+        if scaler.dynamic:
+            scaler.update_scale = self._update_loss_scale
+
+    def _update_loss_scale(self, overflow: bool) -> None:
+        self._loss_scale.update(finite=not overflow)
+        self._zero.loss_scaler.cur_scale = self._loss_scale.scale
 
     def _link_states(self) -> None:
         """Create the flat optimizer state and link it to the parameters.
@@ -132,12 +148,9 @@ class ZeroEngine:
             safe_set_full_fp32_param(parameter, full["weight"])
             for moment in ADAM_MOMENTS:
                 safe_set_full_optimizer_state(parameter, full[moment], moment)
-        scaler = self._zero.loss_scaler
-        if scaler.dynamic:
-            # cur_iter counts the steps since last_overflow_iter = -1: exactly `finite_steps` of them were finite.
-            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = state.loss_scale, state.finite_steps, -1
+        if self._zero.loss_scaler.dynamic:
+            self._loss_scale.scale, self._loss_scale.finite_steps = state.loss_scale, state.finite_steps
+            self._zero.loss_scaler.cur_scale = state.loss_scale
 
     def state(self) -> EngineState:
-        scaler = self._zero.loss_scaler
-        finite = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window if scaler.dynamic else 0
-        return EngineState(self._optimizer_steps, float(scaler.loss_scale), finite)
+        return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)

@@ -44,7 +44,7 @@ ONLY: dict[str, set[str]] = {
     "uploads": {"checkpoint_manifest", "storage", "ranks"},
     "launch": set(),
 }
-BUILDERS = {"GPT"}  # what of model.py the library may import: what builds one
+BUILDERS = {"GPT", "flops_per_token"}  # what of model.py the library may import: what builds one and its cost
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
 LOOP = ("train.py", "loop")
 

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
+from pretrain.ranks import local_ranks
+from tests.helpers_training import LAUNCHER_VARIABLES, ROOT, single_rank
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    for name in (*LAUNCHER_VARIABLES, "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def run_two_ranks(body: str, timeout_s: float = 60) -> list[dict]:
+    """What each of two processes printed as JSON; `body` has `me`, its Ranks."""
+    preamble = "import json, torch\nfrom pretrain import errors\nfrom pretrain.ranks import background_group, join, leave\n"
+    script = preamble + "me = join(torch.device('cpu'), 1)\n" + textwrap.dedent(body) + "\nleave(me)\n"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONPATH": str(ROOT), **{key: str(value) for key, value in ranks.items()}}
+        command = [sys.executable, "-c", script]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    try:
+        outputs = [process.communicate(timeout=timeout_s) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [json.loads(out) for out, _ in outputs]
+
+
+def test_two_ranks_exchange_what_they_know():
+    results = run_two_ranks(
+        """
+        group = background_group()
+        message = {"rank": me.rank, "text": "é" * (5 if me.rank else 3000), "list": list(range(me.rank * 100))}
+        answers = me.exchange(message)
+        print(json.dumps({
+            "ranks": [answer["rank"] for answer in answers],
+            "lengths": [len(answer["text"]) for answer in answers],
+            "lists": [len(answer["list"]) for answer in answers],
+            "background": [answer["rank"] for answer in me.exchange({"rank": me.rank}, group)],
+            "first": me.from_first({"rank": me.rank}),
+            "any": [me.any(False), me.any(me.rank == 1), me.any(True)],
+            "mean": me.mean(1.0 + me.rank),
+            "is_first": me.is_first,
+        }))
+        """
+    )
+    assert [result.pop("is_first") for result in results] == [True, False]
+    expected = {
+        "ranks": [0, 1],
+        "lengths": [3000, 5],
+        "lists": [0, 100],
+        "background": [0, 1],
+        "first": {"rank": 0},
+        "any": [False, True, True],
+        "mean": 1.5,
+    }
+    assert results == [expected, expected]
+
+
+def test_a_decision_of_the_first_rank_holds_on_both_and_so_does_its_error():
+    results = run_two_ranks(
+        """
+        decided = me.decided_by_first(lambda: {"rank": me.rank})
+        def fail():
+            raise errors.ShardError("shard x is torn", "Get another.")
+        try:
+            me.decided_by_first(fail)
+        except errors.TrainerError as error:
+            raised = [type(error).__name__, error.what, error.mend, error.shared]
+        print(json.dumps({"decided": decided, "raised": raised}))
+        """
+    )
+    assert results == [{"decided": {"rank": 0}, "raised": ["ShardError", "shard x is torn", "Get another.", True]}] * 2
+
+
+@pytest.mark.parametrize("kind", [ConfigError, ShardError, StorageError, CheckpointError, DivergenceError])
+def test_every_kind_of_error_comes_back_as_itself(no_launcher, kind):
+    def fail():
+        raise kind("what", "mend")
+
+    with single_rank() as ranks, pytest.raises(kind) as caught:
+        ranks.decided_by_first(fail)
+    assert (caught.value.what, caught.value.mend, caught.value.shared) == ("what", "mend", True)
+
+
+def test_a_kind_of_its_own_comes_back_as_its_base(no_launcher):
+    class Special(StorageError):
+        pass
+
+    def fail():
+        raise Special("what")
+
+    with single_rank() as ranks, pytest.raises(StorageError, match="what"):
+        ranks.decided_by_first(fail)
+
+
+def test_without_a_launcher_a_process_is_the_only_rank(no_launcher):
+    with single_rank() as ranks:
+        assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (0, 1, 0, 1)
+        assert ranks.is_first
+        assert os.environ["RANK"] == "0" and os.environ["WORLD_SIZE"] == "1"
+        assert ranks.exchange({"a": [1, None, "ü"]}) == [{"a": [1, None, "ü"]}]
+        assert ranks.mean(2.5) == 2.5
+        ranks.barrier()
+        word = torch.ones(1)
+        dist.all_reduce(word)  # the default group is there too, for the engines
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}, (1, 8)),
+        ({"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}, (1, 8)),  # DeepSpeed's launcher
+    ],
+)
+def test_local_ranks_as_each_launcher_tells_them(no_launcher, variables, expected):
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    assert local_ranks() == expected
