@@ -58,8 +58,13 @@ start_bucket() {
 }
 
 stop_bucket() {
-    kill "$bucket_pid" 2>/dev/null || true
-    wait "$bucket_pid" 2>/dev/null || true
+    local code=0
+    if kill "$bucket_pid" 2>/dev/null; then
+        wait "$bucket_pid" 2>/dev/null || true
+    else
+        wait "$bucket_pid" 2>/dev/null || code=$?
+        say "the embedded bucket had ended before, with exit code $code: see demo/bucket.log" >&2
+    fi
 }
 
 # A demo that does not resume starts over, in the bucket too.

@@ -6,6 +6,7 @@ option names its nearest neighbour, and `--config test` means configs/test.yaml.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import os
@@ -69,22 +70,27 @@ def build_parser() -> jsonargparse.ArgumentParser:
         exit_on_error=False,
         usage="python train.py --config NAME [--section.field VALUE ...]",
         description="Pretrain a GPT from tokenized .npz shards in a bucket or a folder.",
-        epilog=_short_forms(),
     )
     for section in dataclasses.fields(Config):
         parser.add_class_arguments(section.default_factory, section.name)
+        for action in parser._actions:
+            if action.option_strings == [f"--{section.name}"]:  # jsonargparse's own: a file for one section
+                action.help = argparse.SUPPRESS
     return parser
 
 
 def _short_forms() -> str:
-    """The epilog of --help: options that are not a field, and the aliases."""
-    aliases = "; ".join(f"{alias} = --{key}" for alias, key in ALIASES.items())
-    switches = "; ".join(f"{switch} = --{key} {str(value).lower()}" for switch, (key, value) in SWITCHES.items())
-    return (
-        f"--config NAME takes configs/NAME.yaml or a path (default: {DEFAULT_CONFIG}); --print_config prints the "
-        f"resolved settings and ends; --debug shows tracebacks. Short forms: {aliases}; {switches}. "
-        "Exit codes: 0 done, 2 config, 3 data, 4 storage, 5 checkpoint, 6 diverged, 75 stopped after saving."
-    )
+    """The end of --help: options that are not a field, the short forms, the exit codes."""
+    rows = [
+        ("--config NAME", f"configs/NAME.yaml, or a path (default: {DEFAULT_CONFIG})"),
+        ("--print_config", "print the resolved settings and end"),
+        ("--debug", "show tracebacks"),
+        *((alias, f"--{key}") for alias, key in ALIASES.items()),
+        *((switch, f"--{key} {str(value).lower()}") for switch, (key, value) in SWITCHES.items()),
+    ]
+    lines = [f"  {option:<24}{meaning}" for option, meaning in rows]
+    codes = "0 done, 2 config, 3 data, 4 storage, 5 checkpoint, 6 diverged, 75 stopped by a signal after saving"
+    return "\n".join(["Everyday options and short forms:", *lines, "", f"Exit codes: {codes}."])
 
 
 def parse(argv: list[str], world_size: int = 1) -> Invocation:
@@ -101,6 +107,7 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     parser = build_parser()
     if {"-h", "--help"} & set(argv):
         parser.print_help()
+        print(f"\n{_short_forms()}")
         sys.exit(0)
     known = _flatten(dataclasses.asdict(Config()))
     from_cli, options, problems = _read_argv(argv, known)

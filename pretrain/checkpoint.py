@@ -81,7 +81,7 @@ def _host_copy(tensor: Tensor) -> Tensor:
 
 
 def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) -> dict[str, FileEntry]:
-    """Write this rank's two files, synced to disk.
+    """Write this rank's two files, synced to disk; the folder is made where another node's disk has none yet.
 
     Raises:
         StorageError: the folder can't be written or the disk is full.
@@ -90,11 +90,12 @@ def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) ->
     for kind, tensors in (("model", snapshot.weights), ("optimizer", snapshot.moments)):
         path = folder / part_name(kind, rank, world_size)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"format": "pt"})
             sync(path)
+            entries[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
         except (OSError, safetensors.SafetensorError) as error:
             raise _write_error(path, error) from error
-        entries[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
     return entries
 
 
@@ -120,6 +121,15 @@ def empty_folder(folder: Path) -> None:
     try:
         remove_folder(folder)
         folder.mkdir(parents=True)
+        sync(folder.parent)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+
+
+def retract_manifest(folder: Path) -> None:
+    """What is in `folder` stops being a checkpoint; nothing else changes. Raises as `write_parts`."""
+    try:
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise _write_error(folder, error) from error
 
@@ -149,12 +159,15 @@ def damaged_files(manifest: Manifest, folder: Path) -> list[str]:
     problems = []
     for name, entry in manifest.files.items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif path.stat().st_size != entry.bytes:
-            problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
-        elif crc32c_of_file(path) != entry.crc32c:
-            problems.append(f"{name} differs from the manifest's crc32c")
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != entry.bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes, the manifest says {entry.bytes}")
+            elif crc32c_of_file(path) != entry.crc32c:
+                problems.append(f"{name} differs from the manifest's crc32c")
+        except OSError as error:  # a disk that can't read a file any more has damaged it
+            problems.append(f"{name} can't be read: {error.strerror}")
     return problems
 
 

@@ -24,6 +24,7 @@ from pretrain.checkpoint import (
     empty_folder,
     read_manifest,
     remove_folder,
+    retract_manifest,
     take_snapshot,
     write_documents,
     write_manifest,
@@ -36,7 +37,7 @@ from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.ranks import Ranks, background_group, exchange
 from pretrain.storage import open_store
-from pretrain.uploads import UploadJob, UploadQueue, list_commits
+from pretrain.uploads import BucketManifest, UploadJob, UploadQueue, list_commits
 
 logger = log.get(__name__)
 
@@ -73,6 +74,7 @@ class Keeper:
         self._sequence = self._inventory.last_sequence
         self._last_saved_step = 0
         self._saved: list[CheckpointName] = []
+        self._folders = threading.Lock()  # a folder is not pruned while one of its name is written
         self._failure: BaseException | None = None
         self._events: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._uploads: UploadQueue | None = None
@@ -96,18 +98,22 @@ class Keeper:
     # ---- finding ----
 
     def _take_inventory(self) -> Inventory:
-        """Rank 0's inventory; the other ranks need only its last sequence, and an error for all if there is one."""
+        """Rank 0's inventory; the other ranks learn its last sequence and what is in the bucket, or its error."""
         found: list[Inventory] = []
 
-        def look() -> dict[str, int]:
+        def look() -> dict[str, Any]:
             found.append(take_inventory(self._folder, self._store, self._run_name))
-            return {"last_sequence": found[0].last_sequence}
+            commits = [commit.manifest for commit in found[0].bucket.values() if commit.manifest]
+            bucket = [manifest.to_bytes().decode() for manifest in commits]
+            return {"last_sequence": found[0].last_sequence, "bucket": bucket}
 
         answer = self._ranks.decided_by_first(look)
         if found:
             return found[0]
         placeholder = Manifest(CheckpointName(0, 0, 0), "-", answer["last_sequence"], {})
-        return Inventory({placeholder.name: placeholder}, {}, {})
+        manifests = [Manifest.from_bytes(text.encode(), "the inventory of rank 0") for text in answer["bucket"]]
+        bucket = {manifest.name: BucketManifest(0, manifest) for manifest in manifests}
+        return Inventory({placeholder.name: placeholder}, bucket, {})
 
     def resume(self) -> CheckpointReader | None:
         """The checkpoint to go on from, verified and complete on this node; None to start afresh.
@@ -256,13 +262,14 @@ class Keeper:
         self._jobs.task_done()
 
     def _commit_locally(self, job: SaveJob) -> None:
-        """Write this rank's files; when all ranks have, rank 0 commits; then every rank queues its upload."""
+        """Write this rank's files; when all ranks have, each node commits; then every rank queues its upload."""
         folder = self._folder / str(job.name)
-        self._together(lambda: self._first(lambda: empty_folder(folder)))
-        answers = self._together(lambda: self._write(job, folder))
-        files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
-        manifest = Manifest(job.name, self._attempt, job.sequence, files)
-        self._together(lambda: self._first(lambda: write_manifest(manifest, folder)))
+        with self._folders:
+            self._together(lambda: self._make_way(folder))
+            answers = self._together(lambda: self._write(job, folder))
+            files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
+            manifest = Manifest(job.name, self._attempt, job.sequence, files)
+            self._together(lambda: self._commit_on_this_node(manifest, folder))
         self._saved.append(job.name)
         self._events.put(("checkpoint_saved", {"name": str(job.name), "bytes": manifest.total_bytes}))
         if self._uploads:
@@ -270,13 +277,19 @@ class Keeper:
         else:
             self._prune_local()
 
-    def _first(self, action: Callable[[], None]) -> dict[str, FileEntry]:
+    def _make_way(self, folder: Path) -> dict[str, FileEntry]:
         if self._ranks.is_first:
-            action()
+            empty_folder(folder)
+        elif self._ranks.local_rank == 0:  # this node's disk may be the first one's, so nothing more is removed
+            retract_manifest(folder)
+        return {}
+
+    def _commit_on_this_node(self, manifest: Manifest, folder: Path) -> dict[str, FileEntry]:
+        if self._ranks.local_rank == 0:  # a node that holds a part of the files prunes by the manifest, too
+            write_manifest(manifest, folder)
         return {}
 
     def _write(self, job: SaveJob, folder: Path) -> dict[str, FileEntry]:
-        folder.mkdir(parents=True, exist_ok=True)  # on other nodes there is none yet
         entries = write_parts(job.snapshot, folder, self._ranks.rank, self._ranks.world_size)
         if self._ranks.is_first:
             entries |= write_documents({**job.documents, INDEX_FILE: job.snapshot.index()}, folder)
@@ -293,7 +306,9 @@ class Keeper:
         message = {"problem": problem, "mend": mend, "files": {name: asdict(entry) for name, entry in files.items()}}
         answers = exchange(message, self._ranks.world_size, self._group)
         if failed := next((answer for answer in answers if answer["problem"]), None):
-            raise StorageError(failed["problem"], failed["mend"])
+            error = StorageError(failed["problem"], failed["mend"])
+            error.shared = True
+            raise error
         return [answer["files"] for answer in answers]
 
     def _committed_in_bucket(self, manifest: Manifest) -> None:
@@ -307,10 +322,17 @@ class Keeper:
         """Remove old local checkpoints: all but the newest, and never one that is not yet where it is to be kept."""
         if not self._config.keep or self._ranks.local_rank != 0:
             return
-        local = sorted(take_inventory(self._folder, None, self._run_name).local.values(), key=lambda m: m.sequence)
-        for old in local[: -self._config.keep]:
-            if self._uploads is None or self._is_in_bucket(old):
-                remove_folder(self._folder / str(old.name))
+        with self._folders:
+            local = sorted(take_inventory(self._folder, None, self._run_name).local.values(), key=lambda m: m.sequence)
+            for old in local[: -self._config.keep]:
+                if self._uploads is None or self._is_in_bucket(old):
+                    self._remove(old)
+
+    def _remove(self, old: Manifest) -> None:
+        try:
+            remove_folder(self._folder / str(old.name))
+        except OSError as error:  # another node on the same disk may have been faster; what stays is only too much
+            logger.warning("%s was not removed: %s", old.name, error)
 
     def _is_in_bucket(self, manifest: Manifest) -> bool:
         """Whether this very commit, not only one of its name, is in the bucket."""

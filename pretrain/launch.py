@@ -18,7 +18,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -52,8 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     ranks = determine_local_world_size(options.nproc_per_node)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // ranks)))
     options.signals_to_handle = "SIGQUIT"  # the agent forgets the workers' exit codes on a signal that it handles
-    with tempfile.TemporaryDirectory(prefix="ranks_") as scratch, _pass_on_signals() as received, _quiet_agent():
-        options.log_dir = options.log_dir or scratch
+    if options.redirects == options.tee == "0":
+        options.log_dir = options.log_dir or os.devnull  # or each start leaves a folder behind in /tmp
+    with _pass_on_signals() as received, _quiet_agent():
         config, command, arguments = config_from_args(options)
         try:
             elastic_launch(config, command)(*arguments)

@@ -131,14 +131,14 @@ def read_progress(reader: CheckpointReader, order: DataOrder, history: LossTrack
     Raises:
         CheckpointError: the state is of another version, or of another data order.
     """
-    tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
     try:
+        tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
         order.check(tree["order"], reader.folder.name)
         saved = dict(tree["progress"])
         progress = Progress(**{**saved, "position": Position(**saved["position"])})
         history.restore(tree["history"])
         return progress, EngineState(**tree["engine"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{reader.folder / TRAINER_STATE_FILE} can't be read: {type(error).__name__}: {error}",
             "Resume with the version that wrote it, or from another checkpoint.",

@@ -67,7 +67,7 @@ class UploadQueue:
 
     Args:
         store: root of all checkpoints.
-        known: commits that were there when this process started, and may be superseded.
+        known: commits that were there when this process started, and may be superseded; kept up to date.
         keep: newest commits kept; 0 keeps all.
         group: gloo group that belongs to this thread.
         on_commit: called on every rank, off the main thread, after a commit.
@@ -135,11 +135,15 @@ class UploadQueue:
         outcome = {"problem": next((problem for problem in problems if problem), ""), "conflict": ""}
         if self._rank == 0 and not outcome["problem"]:
             outcome = self._commit(job.manifest)
+            if not any(outcome.values()):
+                logger.info("%s committed to %s", job.manifest.name, self._store.url)
+                self._prune()  # before the others go on: their next upload may lie under a name that is pruned here
         outcome = self._exchange(outcome)[0]
         name = str(job.manifest.name)
         if outcome["conflict"]:
             mend = "Stop the other trainer, or give this run its own name with --run."
             self.failure = CheckpointError(outcome["conflict"], mend)
+            self.failure.shared = True
         elif outcome["problem"]:
             self.failed.append(name)
             self._on_failure(name, outcome["problem"])
@@ -148,9 +152,6 @@ class UploadQueue:
         else:
             self.committed.append(job.manifest)
             self._on_commit(job.manifest)
-            if self._rank == 0:
-                logger.info("%s committed to %s", name, self._store.url)
-                self._prune()
 
     def _exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         return exchange(message, self._world_size, self._group)
@@ -172,14 +173,15 @@ class UploadQueue:
             return str(error)
 
     def _commit(self, manifest: Manifest) -> dict[str, str]:
-        """Create the manifest in the bucket, in place of one that was there before this process started."""
+        """Create the manifest in the bucket, in place of one that was there at the start or came from here."""
         target = f"{self._run_name}/{manifest.name}/{MANIFEST_FILE}"
         try:
             stale = self._known.pop(manifest.name, None)
             if stale and (stale.manifest is None or stale.manifest.attempt != manifest.attempt):
                 logger.info("%s: an earlier commit of this step is superseded", manifest.name)
                 self._store.delete(target, stale.generation)
-            self._store.create(target, manifest.to_bytes())
+            created = self._store.create(target, manifest.to_bytes())
+            self._known[manifest.name] = BucketManifest(created.generation, manifest)
         except ObjectExists:
             return {"problem": "", "conflict": f"somebody else is writing this run: {self._store.url}/{target} is new"}
         except StorageError as error:

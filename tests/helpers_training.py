@@ -33,6 +33,7 @@ class TinyModel(nn.Module):
         self.norm = nn.LayerNorm(16)
         self.head = nn.Linear(16, VOCAB)
         self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.1)  # so that the loss begins near ln(VOCAB)
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         hidden = self.norm(torch.tanh(self.mix(self.embedding(inputs))))
