@@ -50,6 +50,8 @@ FRESH_LOSS_MARGIN = 0.5  # nats: how far from ln(vocab_size) the first loss of a
 
 def main(argv: list[str]) -> int:
     """Run train.py and return its exit code; an expected error is one line, not a traceback."""
+    # Idle OpenMP threads sleep instead of spinning: they share the cores with downloads, uploads and other ranks.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         invocation = parse(argv, world_size_from_env())
         if invocation.print_config:

@@ -27,6 +27,7 @@ DEFAULT_CONFIG = "test"
 # The everyday options: alias -> field. Aliases that take no value carry it.
 ALIASES: dict[str, str] = {
     "--run": "run.name",
+    "--run-name": "run.name",  # torchrun takes --run for its own --run-path
     "--seed": "run.seed",
     "--model_size": "model.size",
     "--data": "data.source",
