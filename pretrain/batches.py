@@ -90,7 +90,7 @@ class Batches:
             if taken >= self.windows_per_epoch:
                 # A step may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
-            self._reader.read(epoch, epoch.window(taken) * self.seq_len, batch[row])
+            self._reader.read(epoch.order, epoch.starts, epoch.window(taken) * self.seq_len, batch[row])
             taken += 1
         return batch, self._advance(position)
 
@@ -185,45 +185,48 @@ class _Epoch:
 
 
 class _Reader:
-    """Tokens of an epoch's stream out of the memory-mapped shards."""
+    """Tokens of a stream of shards, one after the other, out of the memory-mapped files."""
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda index: shards[index].tokens())
 
-    def read(self, epoch: _Epoch, start: int, out: np.ndarray) -> None:
-        """Fill `out` (n,) with the tokens [start, start + n) of the epoch's stream."""
-        shard = int(np.searchsorted(epoch.starts, start, side="right")) - 1
+    def read(self, order: np.ndarray, starts: np.ndarray, start: int, out: np.ndarray) -> None:
+        """Fill `out` (n,) with the tokens [start, start + n) of the stream.
+
+        Args:
+            order: (shards,) index of each shard in stream order.
+            starts: (shards + 1,) or (shards,) where each begins in the stream.
+        """
+        shard = int(np.searchsorted(starts[: len(order)], start, side="right")) - 1
         filled = 0
         while filled < len(out):
-            offset = start + filled - int(epoch.starts[shard])
-            piece = self._tokens(int(epoch.order[shard]))[offset : offset + len(out) - filled]
+            offset = start + filled - int(starts[shard])
+            piece = self._tokens(int(order[shard]))[offset : offset + len(out) - filled]
             out[filled : filled + len(piece)] = piece
             filled += len(piece)
             shard += 1
 
 
 def validation_batches(shards: Sequence[Shard], seq_len: int, n_sequences: int) -> np.ndarray:
-    """The first `n_sequences` windows in the order given, or all where there are fewer: (n, seq_len + 1) int64.
+    """`n_sequences` windows spread evenly over the shards, or all where there are fewer: (n, seq_len + 1) int64.
 
     Raises:
         ShardError: not even one window.
     """
-    n_tokens = sum(shard.n_tokens for shard in shards)
-    count = min(n_sequences, (n_tokens - 1) // seq_len)
+    lengths = [shard.n_tokens for shard in shards]
+    n_windows = (sum(lengths) - 1) // seq_len
+    count = min(n_sequences, n_windows)
     if count < 1:
         raise ShardError(
-            f"{len(shards)} validation shards of {n_tokens} tokens give no window of model.seq_len {seq_len}",
+            f"{len(shards)} validation shards of {sum(lengths)} tokens give no window of model.seq_len {seq_len}",
             f"give data.val_source at least {seq_len + 1} tokens, or leave it empty",
         )
-    stream: list[np.ndarray] = []
-    held = 0
-    for shard in shards:
-        stream.append(shard.tokens()[: count * seq_len + 1 - held])
-        held += len(stream[-1])
-        if held > count * seq_len:
-            break
-    tokens = np.concatenate(stream).astype(np.int64)
-    return np.stack([tokens[first : first + seq_len + 1] for first in range(0, count * seq_len, seq_len)])
+    reader, order = _Reader(tuple(shards)), np.arange(len(shards))
+    starts = np.cumsum([0, *lengths[:-1]])
+    windows = np.empty((count, seq_len + 1), dtype=np.int64)
+    for row in range(count):
+        reader.read(order, starts, row * n_windows // count * seq_len, windows[row])
+    return windows
 
 
 def _shuffled(count: int, *key: int) -> np.ndarray:
