@@ -10,11 +10,12 @@
 #   RUN=name             name of the run (default: test, or test-DATE with DATA)
 #   VAL_DATA=gs://…      validation shards, with DATA
 #   VOCAB_SIZE=50257     of the tokenizer that made your shards, with DATA
+#   DEMO_DIR=demo        where the demo's bucket and corpus are kept
 #
 # Further arguments pass on to train.py and win, for example --max-steps 20. Its exit code is this script's.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-GPUS="${GPUS:-1}"
+GPUS="${GPUS:-1}" DEMO_DIR="${DEMO_DIR:-demo}"
 PYTHON_BIN=.venv/bin/python
 
 say() { printf 'test_train: %s\n' "$*"; }
@@ -36,13 +37,13 @@ for argument in "$@"; do
     previous="$argument"
 done
 
-# The demo's bucket: Google's storage API on a free loopback port, its objects in demo/bucket.
+# The demo's bucket: Google's storage API on a free loopback port, its objects in DEMO_DIR/bucket.
 start_bucket() {
-    local endpoint=demo/endpoint waits
-    mkdir -p demo
+    local endpoint="$DEMO_DIR/endpoint" waits
+    mkdir -p "$DEMO_DIR" || die 4 "the folder $DEMO_DIR can't be made" "Choose another: DEMO_DIR=/path/to/folder"
     rm -f "$endpoint"
-    "$PYTHON_BIN" scripts/embedded_bucket.py --root demo/bucket --bucket demo --port 0 \
-        --endpoint-file "$endpoint" --parent-pid $$ >demo/bucket.log 2>&1 &
+    "$PYTHON_BIN" scripts/embedded_bucket.py --root "$DEMO_DIR/bucket" --bucket demo --port 0 \
+        --endpoint-file "$endpoint" --parent-pid $$ >"$DEMO_DIR/bucket.log" 2>&1 &
     bucket_pid=$!
     trap stop_bucket EXIT
     for ((waits = 0; waits < 600; waits++)); do
@@ -50,11 +51,11 @@ start_bucket() {
         kill -0 "$bucket_pid" 2>/dev/null || break
         sleep 0.1
     done
-    [[ -s "$endpoint" ]] || die 4 "no embedded bucket: $(tail -n 1 demo/bucket.log)" "See demo/bucket.log"
+    [[ -s "$endpoint" ]] || die 4 "no embedded bucket: $(tail -n 1 "$DEMO_DIR/bucket.log")" "See $DEMO_DIR/bucket.log"
     STORAGE_EMULATOR_HOST=$(cat "$endpoint")
     export STORAGE_EMULATOR_HOST
     export NO_PROXY="127.0.0.1${NO_PROXY:+,$NO_PROXY}" no_proxy="127.0.0.1${no_proxy:+,$no_proxy}"
-    say "embedded bucket gs://demo at $STORAGE_EMULATOR_HOST, objects in demo/bucket"
+    say "embedded bucket gs://demo at $STORAGE_EMULATOR_HOST, objects in $DEMO_DIR/bucket"
 }
 
 stop_bucket() {
@@ -63,15 +64,16 @@ stop_bucket() {
         wait "$bucket_pid" 2>/dev/null || true
     else
         wait "$bucket_pid" 2>/dev/null || code=$?
-        say "the embedded bucket had ended before, with exit code $code: see demo/bucket.log" >&2
+        say "the embedded bucket had ended before, with exit code $code: see $DEMO_DIR/bucket.log" >&2
     fi
 }
 
 # A demo that does not resume starts over, in the bucket too.
 forget_demo() {
-    if [[ -e demo/bucket || -e "checkpoints/$RUN" || -e "logs/$RUN" ]]; then
-        say "removing the earlier demo: demo/bucket, checkpoints/$RUN, logs/$RUN (--resume auto would continue it)"
-        rm -rf demo/bucket "checkpoints/$RUN" "logs/$RUN"
+    local bucket="$DEMO_DIR/bucket"
+    if [[ -e "$bucket" || -e "checkpoints/$RUN" || -e "logs/$RUN" ]]; then
+        say "removing the earlier demo: $bucket, checkpoints/$RUN, logs/$RUN (--resume auto would continue it)"
+        rm -rf "$bucket" "checkpoints/$RUN" "logs/$RUN"
     fi
 }
 
@@ -99,7 +101,7 @@ if [[ -z "${DATA:-}" ]]; then
     [[ "$RUN" =~ ^[A-Za-z0-9_][A-Za-z0-9._-]*$ ]] || die 2 "RUN=$RUN is no folder name" "Take letters, digits, - and _"
     if ! $resumes; then forget_demo; fi
     start_bucket
-    "$PYTHON_BIN" scripts/make_demo_data.py --output_dir demo --upload gs://demo/data
+    "$PYTHON_BIN" scripts/make_demo_data.py --output_dir "$DEMO_DIR" --upload gs://demo/data
     where=(--data gs://demo/data/shards --data.val_source gs://demo/data/val --checkpoints gs://demo/Checkpoints)
 else
     if [[ -z "${RUN:-}" ]] && $resumes; then

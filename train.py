@@ -18,7 +18,6 @@ import math
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from pretrain import log
 from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from_env
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergenceError, TrainerError
+from pretrain.reports import explain, report
 from pretrain.versions import check_versions
 
 if TYPE_CHECKING:
@@ -92,10 +92,11 @@ def build(invocation: Invocation) -> Run:
     from pretrain.keeper import Keeper
     from pretrain.metrics import open_metrics
     from pretrain.progress import Progress
-    from pretrain.run import Run
+    from pretrain.run import Run, check_memory
 
     config, run_name = invocation.config, invocation.config.run.name
     device, me = meet(config, invocation.debug)
+    prediction = check_memory(config, device, me, invocation.force)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()
     corpus = fetch_corpus(
@@ -123,7 +124,7 @@ def build(invocation: Invocation) -> Run:
         first_step=progress.step,
         rank=me.rank,
     )
-    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps)
+    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps, prediction)
 
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
@@ -231,8 +232,8 @@ def guard(run: Run, applied: bool, loss: float) -> None:
     """Say what looks wrong; stop where updates are skipped one after the other."""
     step = run.progress.step
     if not applied:
-        scale = run.engine.state().loss_scale
-        logger.warning("step %d: the gradients are not finite, update skipped; loss scale now %g", step, scale)
+        scale = f"; loss scale now {run.loss_scale:g}" if run.loss_scale else ""
+        logger.warning("step %d: the gradients are not finite, update skipped%s", step, scale)
     if run.skipped_in_a_row >= run.config.train.max_skipped:
         raise DivergenceError(
             f"{run.skipped_in_a_row} updates in a row were not finite, up to step {step} (loss {loss:g})",
@@ -249,8 +250,9 @@ def evaluate(run: Run) -> None:
 
     total = count = 0.0
     for sequences in torch.from_numpy(run.corpus.validation).split(run.config.batch.micro_size):
-        total += run.engine.evaluate(sequences) * len(sequences)
-        count += len(sequences)
+        if len(sequences):  # there may be fewer sequences than ranks
+            total += run.engine.evaluate(sequences) * len(sequences)
+            count += len(sequences)
     run.val_loss = run.ranks.mean(total) / run.ranks.mean(count)
     run.history.validated(run.progress.step, run.val_loss)
 
@@ -299,33 +301,10 @@ def close(run: Run) -> int:
         run.metrics.close()
         print_summary(summary, log.console(), run.next_commands())
     leave(run.ranks)
-    return EXIT_STOPPED if run.stopped else EXIT_DONE
-
-
-# ---- errors ----
-
-
-def report(error: TrainerError, debug: bool) -> int:
-    """Print an error's line, once for an error that every rank has; its exit code."""
-    rank = int(os.environ.get("RANK", "0"))
-    logger.error(error.line(), extra=log.FILE_ONLY)
-    if debug:
-        traceback.print_exception(error)
-    if rank == 0 or not (error.shared or isinstance(error, ConfigError)):
-        print((f"[rank {rank}] " if rank else "") + log.mask(error.line()), file=sys.stderr, flush=True)
-    return error.exit_code
-
-
-def explain(error: RuntimeError) -> TrainerError | None:
-    """What one of torch's errors means to a user; None where we don't know."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return ConfigError(
-            f"the GPU's memory is full: {str(error).splitlines()[0]}",
-            "Halve --batch.micro_size (the global batch stays the same), or --model.activation_checkpointing true.",
-        )
-    return None
+    if run.stopped:
+        return EXIT_STOPPED
+    run.keeper.check_last_commit()
+    return EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import os
 import sys
 from pathlib import Path
@@ -61,6 +62,7 @@ class Invocation:
     config_name: str
     debug: bool = False
     print_config: bool = False
+    force: bool = False
 
 
 def build_parser() -> jsonargparse.ArgumentParser:
@@ -85,6 +87,7 @@ def _short_forms() -> str:
     rows = [
         ("--config NAME", f"configs/NAME.yaml, or a path (default: {DEFAULT_CONFIG})"),
         ("--print_config", "print the resolved settings and end"),
+        ("--force", "train although the memory plan says that it can't fit into the GPU"),
         ("--debug", "show tracebacks"),
         *((alias, f"--{key}") for alias, key in ALIASES.items()),
         *((switch, f"--{key} {str(value).lower()}") for switch, (key, value) in SWITCHES.items()),
@@ -131,7 +134,7 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
         _, problems = deepspeed_settings(config.engine, config.optim, config.batch, config.train.precision, world_size)
     if problems:
         raise ConfigError(problems)
-    return Invocation(config, config_name, "debug" in options, "print_config" in options)
+    return Invocation(config, config_name, "debug" in options, "print_config" in options, "force" in options)
 
 
 def to_yaml(config: Config) -> str:
@@ -151,9 +154,11 @@ def _read_argv(argv: list[str], known: dict[str, Any]) -> tuple[dict[str, Any], 
         word, equals, inline = words.pop(0).partition("=")
         name = word.removeprefix("--")
         switch = SWITCHES.get(_hyphens(word))
-        if switch and not equals:
+        if switch and equals:
+            problems.append(f"{word} takes no value: give --{switch[0]} {inline} instead")
+        elif switch:
             fields[switch[0]] = switch[1]
-        elif name in ("debug", "print_config", "print-config"):
+        elif name in ("debug", "force", "print_config", "print-config"):
             options[name.replace("-", "_")] = "true"
         elif name in ("local_rank", "local-rank"):  # the deepspeed launcher appends it; LOCAL_RANK says the same
             _take_value(words, equals, inline)
@@ -201,7 +206,7 @@ def _field_of(word: str, known: dict[str, Any]) -> str:
 
 
 def _unknown(word: str, known: dict[str, Any]) -> str:
-    choices = [f"--{key}" for key in known] + [*ALIASES, *SWITCHES, "--config", "--debug", "--print_config"]
+    choices = [f"--{key}" for key in known] + [*ALIASES, *SWITCHES, "--config", "--debug", "--force", "--print_config"]
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5) or difflib.get_close_matches(
         word.split(".")[-1], [choice.split(".")[-1] for choice in choices], n=1
     )
@@ -230,6 +235,8 @@ def _read_yaml(name: str, known: dict[str, Any]) -> tuple[str, dict[str, Any], l
 
 def _value_problems(parser: jsonargparse.ArgumentParser, settings: dict[str, Any]) -> list[str]:
     """What is wrong with each value by itself."""
+    if infinite := [key for key, value in settings.items() if isinstance(value, float) and not math.isfinite(value)]:
+        return [f"{key} is {settings[key]}, expected a finite number" for key in infinite]
     try:
         parser.parse_object(_nest(settings))
     except jsonargparse.ArgumentError:  # it names the first one only
@@ -272,5 +279,12 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
 
 
 def world_size_from_env() -> int:
-    """WORLD_SIZE as the launcher set it; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """WORLD_SIZE as the launcher set it; 1 without a launcher.
+
+    Raises:
+        ConfigError: it is no number of ranks.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE is {text!r}, expected the number of ranks", "Unset it, or start by a launcher.")
+    return int(text)

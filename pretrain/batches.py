@@ -61,7 +61,7 @@ class Batches:
             raise ShardError(
                 f"{len(self.shards)} shards of {self.n_tokens} tokens in all give {self.windows_per_epoch} windows of "
                 f"model.seq_len {seq_len}, fewer than one step of batch.global_size {global_size} takes",
-                f"give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
+                f"Give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
             )
         self._epoch_cache: _Epoch | None = None
         self._reader = _Reader(self.shards)
@@ -219,7 +219,7 @@ def validation_batches(shards: Sequence[Shard], seq_len: int, n_sequences: int) 
     if count < 1:
         raise ShardError(
             f"{len(shards)} validation shards of {sum(lengths)} tokens give no window of model.seq_len {seq_len}",
-            f"give data.val_source at least {seq_len + 1} tokens, or leave it empty",
+            f"Give data.val_source at least {seq_len + 1} tokens, or leave it empty",
         )
     reader, order = _Reader(tuple(shards)), np.arange(len(shards))
     starts = np.cumsum([0, *lengths[:-1]])

@@ -19,7 +19,15 @@ import numpy as np
 
 from pretrain.config import DataConfig
 from pretrain.errors import ShardError, StorageError
-from pretrain.files import BLOCK_BYTES, PART_SUFFIX, CheckedWriter, crc32c_of_file, free_disk_bytes, new_file
+from pretrain.files import (
+    BLOCK_BYTES,
+    PART_SUFFIX,
+    CheckedWriter,
+    crc32c_of_file,
+    free_disk_bytes,
+    make_writable,
+    new_file,
+)
 from pretrain.manifest import MANIFEST_NAME, DataManifest, ShardEntry
 from pretrain.npz import check_vocab, read_npz
 from pretrain.storage import LocalStore, ObjectInfo, ObjectStore
@@ -116,7 +124,7 @@ class ShardCache:
             raise ShardError(
                 f"shard {self._title(info)}: found {record.n_tokens} tokens and crc32c {record.source_crc32c}, "
                 f"expected {entry.tokens} and {entry.crc32c} as {MANIFEST_NAME} says",
-                f"restore the shard, or delete that {MANIFEST_NAME}",
+                f"Restore the shard, or delete that {MANIFEST_NAME}",
             )
         return shard
 
@@ -155,7 +163,8 @@ class ShardCache:
         return f"{self.store.url.rstrip('/')}/{info.name}"
 
     def check_room(self, objects: Sequence[ObjectInfo]) -> None:
-        """Refuse to begin what the disk can't hold. Raises StorageError."""
+        """Refuse to begin what the folder can't take. Raises StorageError."""
+        make_writable(self.folder, "--data.cache_dir")
         absent = [info for info in objects if self.record(info) is None and self.bad_reason(info) is None]
         if not absent:
             return
@@ -169,9 +178,9 @@ class ShardCache:
         free = free_disk_bytes(self.folder)
         if free < needed:
             raise StorageError(
-                f"{self.folder} has {free / 2**30:.1f} GiB free, "
-                f"{len(absent)} shards need about {needed / 2**30:.1f} GiB",
-                "free some, or set --data.cache_dir to a larger disk or --data.max_files to fewer shards",
+                f"{self.folder} has {free / 2**20:,.1f} MiB free, "
+                f"{len(absent)} shards need about {needed / 2**20:,.1f} MiB",
+                "Free some, or set --data.cache_dir to a larger disk or --data.max_files to fewer shards",
             )
 
     def remove_leftovers(self) -> None:

@@ -92,6 +92,7 @@ def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) ->
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read; the folder knows better
             sync(path)
             entries[path.name] = FileEntry(path.stat().st_size, crc32c_of_file(path))
         except (OSError, safetensors.SafetensorError) as error:
@@ -214,6 +215,15 @@ class CheckpointReader:
     def _shape(self, key: str) -> tuple[int, ...]:
         with safetensors.safe_open(self._where[key], framework="pt") as part:
             return tuple(part.get_slice(key).get_shape())
+
+    @property
+    def parameter_names(self) -> list[str]:
+        """Canonical names of the parameters, in the order of the files."""
+        return [key for key in self._where if "/" not in key]
+
+    def weight(self, name: str) -> Tensor:
+        """One parameter, fp32 on the CPU."""
+        return self._tensor(name)
 
     def parameter_state(self, name: str) -> ParameterState:
         """The weight and the moments of one parameter, fp32 on the CPU."""

@@ -315,7 +315,7 @@ def _range_problems(config: Config) -> list[str]:
     c = config
     rules = [
         (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
-        (c.model.vocab_size < 2, f"model.vocab_size {c.model.vocab_size} must be at least 2"),
+        (not 2 <= c.model.vocab_size <= 2**32, f"model.vocab_size {c.model.vocab_size} must be in [2, 2**32]"),
         (c.model.seq_len < 1, f"model.seq_len {c.model.seq_len} must be at least 1"),
         (min(c.model.n_layer, c.model.n_head, c.model.d_model, c.model.d_ff) < 0, "model sizes must not be negative"),
         (not 0 <= c.model.dropout < 1, f"model.dropout {c.model.dropout} must be in [0, 1)"),

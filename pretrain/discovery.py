@@ -43,6 +43,16 @@ class Inventory:
         """Whether this run has never committed anything, as far as can be seen."""
         return not (self.local or self.bucket or self.damaged)
 
+    def not_in_bucket(self) -> list[Manifest]:
+        """The local commits that the bucket lacks and has no later commit of the same step of; oldest first."""
+
+        def is_there(manifest: Manifest) -> bool:
+            commit = self.bucket.get(manifest.name)
+            return bool(commit and commit.manifest and commit.manifest.sequence >= manifest.sequence)
+
+        missing = [manifest for manifest in self.local.values() if not is_there(manifest)]
+        return sorted(missing, key=lambda manifest: manifest.sequence)
+
     def newest_first(self) -> Iterator[tuple[Manifest, bool]]:
         """(manifest, whether it is the local one) of every readable commit; of one commit the local copy first."""
         local = [(manifest, True) for manifest in self.local.values()]
@@ -117,7 +127,7 @@ def fetch(manifest: Manifest, folder: Path, store: ObjectStore | None, run_name:
     logger.info("fetching %s from %s (%.1f MB)", manifest.name, store.url, manifest.total_bytes / 1e6)
     empty_folder(folder)
     for name in manifest.files:
-        store.download(f"{_object_prefix(manifest, run_name)}/{name}", folder / name)
+        store.download(f"{object_prefix(manifest, run_name)}/{name}", folder / name)
     if not (problems := damaged_files(manifest, folder)):
         write_manifest(manifest, folder)
     return problems
@@ -125,7 +135,7 @@ def fetch(manifest: Manifest, folder: Path, store: ObjectStore | None, run_name:
 
 def damaged_objects(manifest: Manifest, store: ObjectStore, run_name: str) -> list[str]:
     """Each file of a commit in the bucket that is missing or differs in size or checksum; nothing is downloaded."""
-    prefix = _object_prefix(manifest, run_name)
+    prefix = object_prefix(manifest, run_name)
     found = {info.name.removeprefix(f"{prefix}/"): info for info in store.list(f"{prefix}/")}
     problems = []
     for name, entry in manifest.files.items():
@@ -137,7 +147,8 @@ def damaged_objects(manifest: Manifest, store: ObjectStore, run_name: str) -> li
     return problems
 
 
-def _object_prefix(manifest: Manifest, run_name: str) -> str:
+def object_prefix(manifest: Manifest, run_name: str) -> str:
+    """Where a commit's objects are, below the store's root; no slash at its end."""
     return f"{run_name}/{manifest.name}/{manifest.attempt}"
 
 
@@ -145,5 +156,10 @@ def _not_found(resume: str, inventory: Inventory, passed_over: list[str]) -> Che
     if passed_over:
         return CheckpointError(f"{resume} can't be used: {' | '.join(passed_over)}", "Try another, or --resume auto.")
     names = sorted({str(manifest.name) for manifest, _ in inventory.newest_first()})
-    listed = f"there are {', '.join(names)}" if names else "this run has no checkpoint"
-    return CheckpointError(f"there is no checkpoint {resume}: {listed}", "Name one of these, or use --resume auto.")
+    if not names:
+        mend = "Is --run its name? To start it, leave --resume out, or give --resume auto."
+        return CheckpointError(f"there is no checkpoint {resume}: this run has none", mend)
+    listed = ", ".join(names)
+    return CheckpointError(
+        f"there is no checkpoint {resume}: there are {listed}", "Name one of these, or use --resume auto."
+    )

@@ -21,7 +21,7 @@ class TrainerError(Exception):
 
     exit_code = EXIT_UNEXPECTED
     kind = "error"
-    shared = False  # set where every rank raises the same error, so that only the first one prints it
+    shared = False  # True where every rank raises the same error, so that only rank 0 prints it
 
     def __init__(self, what: str, mend: str = "") -> None:
         self.what = what.rstrip(".")
@@ -38,6 +38,7 @@ class ConfigError(TrainerError):
 
     exit_code = 2
     kind = "config error"
+    shared = True  # every rank has the same settings
 
     def __init__(self, what: str | list[str], mend: str = "") -> None:
         self.problems = [what] if isinstance(what, str) else list(what)
@@ -78,3 +79,4 @@ class DivergenceError(TrainerError):
 
     exit_code = 6
     kind = "diverged"
+    shared = True  # the ranks agree on every loss

@@ -9,6 +9,7 @@ import io
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +20,9 @@ from pretrain.errors import StorageError
 
 BLOCK_BYTES = 1 << 20  # a checksum, a write and a progress report per MiB cost nothing beside the transfer
 PART_SUFFIX = ".part"
+_UNUSABLE = frozenset(
+    (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG)
+)
 
 
 def crc32c_of_file(path: Path) -> str:
@@ -103,6 +107,25 @@ def new_file(path: Path, replace: bool = True) -> Iterator[IO[bytes]]:
             temporary.unlink()
 
 
+def make_writable(folder: Path, option: str) -> None:
+    """Make `folder` where it is missing and try to write there, before hours of work depend on it.
+
+    Args:
+        option: of train.py, which chooses another folder.
+
+    Raises:
+        StorageError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise StorageError(
+            f"{folder} can't be written: {error.strerror or error}", f"Choose another folder with {option}."
+        ) from error
+
+
 def sync(path: Path) -> None:
     """Put a file's content, or a folder's names, on the disk: they survive a power cut. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -122,6 +145,6 @@ def disk_problem(error: OSError, folder: Path) -> StorageError | None:
             f"{folder}: {error.strerror}: this user can't read or write there",
             f"Choose another folder, or mend it: ls -ld {folder}",
         )
-    if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO):
+    if error.errno in _UNUSABLE:
         return StorageError(f"{error.filename or folder}: {error.strerror}", f"Look at it: ls -ld {folder}")
     return None

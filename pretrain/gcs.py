@@ -25,7 +25,7 @@ T = TypeVar("T")
 # Of a resumable upload, which the client takes above 8 MiB; a multiple of 256 KiB by the API's rule. Bigger chunks cost
 # memory and, without TLS, must be sent within timeout_s; smaller ones wait more often for an answer.
 CHUNK_BYTES = 32 << 20
-_LIST_FIELDS = "items(name,size,crc32c,generation),nextPageToken"
+_LIST_FIELDS = "items(name,size,crc32c,generation,timeCreated),nextPageToken"
 
 # action -> (permission, narrowest role that holds it)
 _PERMISSIONS = {
@@ -199,7 +199,8 @@ class GcsStore:
 
     def _info(self, blob: Any) -> ObjectInfo:
         name = blob.name.removeprefix(self._root)
-        return ObjectInfo(name, int(blob.size or 0), blob.crc32c or "", int(blob.generation or 0))
+        created_s = blob.time_created.timestamp() if blob.time_created else 0.0
+        return ObjectInfo(name, int(blob.size or 0), blob.crc32c or "", int(blob.generation or 0), created_s)
 
     def _blob(self, name: str) -> Any:
         return self._bucket.blob(self._root + checked_name(name))

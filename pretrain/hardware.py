@@ -11,73 +11,16 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
 import torch
 
 from pretrain.errors import ConfigError
+from pretrain.gpus import PEAK_FLOPS, match_gpu
 
 GB = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Peak(NamedTuple):
-    """Dense matrix rates of one GPU in TFLOP/s; 0 where it has no such unit.
-
-    `pattern` is found in the name that the driver gives. fp16 and bf16 are with fp32 accumulation, as torch multiplies.
-    """
-
-    pattern: str
-    fp16: float
-    bf16: float
-    tf32: float
-    fp32: float
-
-
-# The data sheets since Ampere print rates "with sparsity"; the dense rates here are half of those. More specific names
-# come first. B300 is left out, for its published rates disagree; what isn't listed is measured.
-PEAK_FLOPS: dict[str, Peak] = {
-    # NVIDIA Blackwell architecture data sheet: HGX B200 and GB200 NVL72, per GPU
-    "GB200": Peak(r"GB200", 2500, 2500, 1250, 80),
-    "B200": Peak(r"B200", 2250, 2250, 1100, 75),
-    # NVIDIA H200 data sheet
-    "H200 NVL": Peak(r"H200 NVL", 835.5, 835.5, 417.5, 60),
-    "H200 SXM": Peak(r"H200", 989.4, 989.4, 494.7, 66.9),
-    # NVIDIA GH200 Grace Hopper superchip data sheet
-    "GH200": Peak(r"GH200", 989.4, 989.4, 494.7, 66.9),
-    # NVIDIA H100 architecture white paper (SXM5, PCIe) and H100 data sheet (NVL)
-    "H100 PCIe": Peak(r"H100 PCIe", 756, 756, 378, 51.2),
-    "H100 NVL": Peak(r"H100 NVL", 835.5, 835.5, 417.5, 60),
-    "H100 SXM": Peak(r"H100", 989.4, 989.4, 494.7, 66.9),
-    # H800: an H100 with slower NVLink and fp64; H20: its data sheet
-    "H800 SXM": Peak(r"H800", 989.4, 989.4, 494.7, 66.9),
-    "H20": Peak(r"H20", 148, 148, 74, 44),
-    # NVIDIA A100 data sheet (A800 differs in NVLink only); SXM and PCIe alike
-    "A100": Peak(r"A100", 312, 312, 156, 19.5),
-    "A800": Peak(r"A800", 312, 312, 156, 19.5),
-    # NVIDIA A30, A40, A10 and A10G data sheets
-    "A30": Peak(r"A30", 165, 165, 82, 10.3),
-    "A40": Peak(r"A40", 149.7, 149.7, 74.8, 37.4),
-    "A10G": Peak(r"A10G", 70, 70, 35, 31.5),
-    "A10": Peak(r"A10", 125, 125, 62.5, 31.2),
-    # NVIDIA L40S, L40 and L4 data sheets
-    "L40S": Peak(r"L40S", 362.05, 362.05, 183, 91.6),
-    "L40": Peak(r"L40", 181.05, 181.05, 90.5, 90.5),
-    "L4": Peak(r"L4", 121, 121, 60, 30.3),
-    # NVIDIA RTX Blackwell, Ada and Ampere GA102 architecture white papers
-    "RTX 5090": Peak(r"RTX 5090", 209.5, 209.5, 104.8, 104.8),
-    "RTX 4090": Peak(r"RTX 4090", 165.2, 165.2, 82.6, 82.6),
-    "RTX 3090 Ti": Peak(r"RTX 3090 Ti", 80, 80, 40, 40),
-    "RTX 3090": Peak(r"RTX 3090", 71, 71, 35.6, 35.6),
-    "RTX 6000 Ada": Peak(r"RTX 6000 Ada", 364.2, 364.2, 182.1, 91.1),
-    "RTX A6000": Peak(r"RTX A6000", 154.8, 154.8, 77.4, 38.7),
-    # NVIDIA V100, V100S and T4 data sheets; neither bf16 nor TF32 units
-    "V100S": Peak(r"V100S", 130, 0, 0, 16.4),
-    "V100 PCIe": Peak(r"V100-PCIE", 112, 0, 0, 14),
-    "V100 SXM": Peak(r"V100", 125, 0, 0, 15.7),
-    "T4": Peak(r"T4", 65, 0, 0, 8.1),
-}
 
 
 def resolve_device(local_rank: int) -> torch.device:
@@ -90,10 +33,12 @@ def resolve_device(local_rank: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise ConfigError(
+        problem = ConfigError(
             f"rank {local_rank} of this node has no GPU: torch sees {count}",
-            f"start at most {count} processes a node, or widen CUDA_VISIBLE_DEVICES",
+            f"Start at most {count} processes a node, or widen CUDA_VISIBLE_DEVICES",
         )
+        problem.shared = False  # rank 0 has one
+        raise problem
     return torch.device("cuda", local_rank)
 
 
@@ -124,7 +69,7 @@ def check_precision(device: torch.device, precision: str) -> None:
         where = "a CPU" if device.type == "cpu" else device_name(device)
         raise ConfigError(
             f"train.precision is {precision}, which {where} can't train in; it can {', '.join(able)}",
-            f"give --precision {able[-1]}" + (", or start on a machine with a GPU" if device.type == "cpu" else ""),
+            f"Give --precision {able[-1]}" + (", or start on a machine with a GPU" if device.type == "cpu" else ""),
         )
 
 
@@ -147,16 +92,6 @@ def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
         if rate:
             return rate * 1e12, f"{label} data sheet"
     return measure_flops(device, DTYPES[precision]), "measured"
-
-
-def match_gpu(name: str) -> str:
-    """The key of PEAK_FLOPS for a driver's name of a GPU, or '' for one that is not in it."""
-    if {"MIG", "Laptop", "D"} & set(name.split()):  # a part of the card, or a smaller chip under its name
-        return ""
-    for label, peak in PEAK_FLOPS.items():
-        if re.search(rf"\b{peak.pattern}\b", name):
-            return label
-    return ""
 
 
 def _multiplies_in_tf32() -> bool:

@@ -22,7 +22,6 @@ from pretrain.checkpoint import (
     Snapshot,
     damaged_files,
     empty_folder,
-    read_manifest,
     remove_folder,
     retract_manifest,
     take_snapshot,
@@ -32,12 +31,15 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint_manifest import CheckpointName, FileEntry, Manifest
 from pretrain.config import CheckpointConfig, StorageConfig
-from pretrain.discovery import AUTO, Inventory, choose, damaged_objects, fetch, take_inventory
+from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.engine.base import Engine
-from pretrain.errors import CheckpointError, StorageError
+from pretrain.errors import StorageError
+from pretrain.files import make_writable
 from pretrain.ranks import Ranks, background_group, exchange
+from pretrain.resumption import agree, share_inventory
+from pretrain.run_lock import RunLock
 from pretrain.storage import open_store
-from pretrain.uploads import BucketManifest, UploadJob, UploadQueue, list_commits
+from pretrain.uploads import UploadJob, UploadQueue, list_commits
 
 logger = log.get(__name__)
 
@@ -67,10 +69,13 @@ class Keeper:
         self._run_name = run_name
         self._folder = Path(config.dir) / run_name
         self._store = open_store(config.url, storage) if config.url else None
+        if ranks.local_rank == 0:
+            make_writable(self._folder, "--checkpoint.dir")
         self._attempt = ranks.from_first({"id": uuid.uuid4().hex[:12]})["id"]
+        self._lock = RunLock(self._folder)  # on every rank: one that outlives the others keeps tools out, too
         self._group = background_group()
         upload_group = background_group()
-        self._inventory = self._take_inventory()
+        self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
         self._sequence = self._inventory.last_sequence
         self._last_saved_step = 0
         self._saved: list[CheckpointName] = []
@@ -82,7 +87,7 @@ class Keeper:
             self._uploads = UploadQueue(
                 self._store,
                 run_name,
-                self._inventory.bucket,
+                dict(self._inventory.bucket),
                 keep=config.keep,
                 rank=ranks.rank,
                 world_size=ranks.world_size,
@@ -97,78 +102,17 @@ class Keeper:
 
     # ---- finding ----
 
-    def _take_inventory(self) -> Inventory:
-        """Rank 0's inventory; the other ranks learn its last sequence and what is in the bucket, or its error."""
-        found: list[Inventory] = []
-
-        def look() -> dict[str, Any]:
-            found.append(take_inventory(self._folder, self._store, self._run_name))
-            commits = [commit.manifest for commit in found[0].bucket.values() if commit.manifest]
-            bucket = [manifest.to_bytes().decode() for manifest in commits]
-            return {"last_sequence": found[0].last_sequence, "bucket": bucket}
-
-        answer = self._ranks.decided_by_first(look)
-        if found:
-            return found[0]
-        placeholder = Manifest(CheckpointName(0, 0, 0), "-", answer["last_sequence"], {})
-        manifests = [Manifest.from_bytes(text.encode(), "the inventory of rank 0") for text in answer["bucket"]]
-        bucket = {manifest.name: BucketManifest(0, manifest) for manifest in manifests}
-        return Inventory({placeholder.name: placeholder}, bucket, {})
-
     def resume(self) -> CheckpointReader | None:
-        """The checkpoint to go on from, verified and complete on this node; None to start afresh.
-
-        Raises:
-            CheckpointError: nothing to resume from where that was asked for, or an existing run would be overwritten.
-            StorageError: the bucket can't be read.
-        """
-        answer = self._ranks.decided_by_first(self._decide_resume)
-        if not answer["manifest"]:
-            return None
-        manifest = Manifest.from_bytes(answer["manifest"].encode(), "the manifest of rank 0")
-        folder = self._folder / str(manifest.name)
-        if self._ranks.local_rank == 0 and not self._ranks.is_first:
-            self._complete_on_this_node(manifest, folder)
-        self._ranks.barrier()
-        return CheckpointReader(folder, manifest)
-
-    def _decide_resume(self) -> dict[str, str]:
-        if not self._config.resume:
-            if not self._inventory.is_empty:
-                newest = max((m for m, _ in self._inventory.newest_first()), key=lambda m: m.sequence, default=None)
-                raise CheckpointError(
-                    f"run {self._run_name} already has checkpoints (newest: {newest.name if newest else 'damaged'})",
-                    "Go on with --resume auto, or start another with --run NAME.",
-                )
-            return {"manifest": ""}
-        chosen = choose(self._inventory, self._config.resume, self._folder, self._store, self._run_name)
-        if chosen is None:
-            logger.info("--resume %s: run %s has no checkpoint yet, starting afresh", AUTO, self._run_name)
-            return {"manifest": ""}
-        return {"manifest": chosen.to_bytes().decode()}
-
-    def _complete_on_this_node(self, manifest: Manifest, folder: Path) -> None:
-        """Bring rank 0's choice to another node, unless its disk is shared or has it already."""
-        try:
-            if read_manifest(folder) == manifest and not damaged_files(manifest, folder):
-                return
-        except CheckpointError:
-            logger.info("%s is not on this node yet", manifest.name)
-        if problems := fetch(manifest, folder, self._store, self._run_name):
-            raise CheckpointError(f"{manifest.name} can't be completed on this node: {'; '.join(problems[:3])}")
+        """The checkpoint to go on from, as `resumption.agree` finds it; None to start afresh."""
+        return agree(self._ranks, self._inventory, self._config.resume, self._folder, self._store, self._run_name)
 
     def upload_leftovers(self) -> None:
         """Queue the local checkpoints that an earlier process committed here and not in the bucket, oldest first."""
         if not self._uploads:
             return
-        known = self._inventory.bucket
-        left = []
-        for manifest, is_local in self._inventory.newest_first():
-            commit = known.get(manifest.name)
-            in_bucket = commit and commit.manifest and commit.manifest.sequence >= manifest.sequence
-            if is_local and not in_bucket and not damaged_files(manifest, self._folder / str(manifest.name)):
-                left.append(manifest.to_bytes().decode())
-        answer = self._ranks.from_first({"left": left[::-1]})
+        missing = self._inventory.not_in_bucket() if self._ranks.is_first else []
+        whole = [manifest for manifest in missing if not damaged_files(manifest, self._folder / str(manifest.name))]
+        answer = self._ranks.from_first({"left": [manifest.to_bytes().decode() for manifest in whole]})
         for text in answer["left"]:
             manifest = Manifest.from_bytes(text.encode(), "the manifest of rank 0")
             files = tuple(manifest.files) if self._ranks.is_first else ()
@@ -237,6 +181,20 @@ class Keeper:
         if failure:
             raise failure
 
+    def check_last_commit(self) -> None:
+        """At the end of a run, when all uploads have been tried: the last checkpoint must be where it is to be kept.
+
+        Raises:
+            StorageError: it is on this machine only.
+        """
+        if self._saved and str(self._saved[-1]) not in self.committed:
+            error = StorageError(
+                f"the run is complete, but {self._saved[-1]} did not reach {self._config.url}; it is in {self._folder}",
+                "Start again with --resume auto once the bucket is within reach: that uploads it.",
+            )
+            error.shared = True
+            raise error
+
     def wait(self) -> None:
         """Until everything saved so far is written, and uploaded or given up."""
         self._jobs.join()
@@ -249,6 +207,7 @@ class Keeper:
         self._thread.join()
         if self._uploads:
             self._uploads.close()
+        self._lock.release()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -265,11 +224,16 @@ class Keeper:
         """Write this rank's files; when all ranks have, each node commits; then every rank queues its upload."""
         folder = self._folder / str(job.name)
         with self._folders:
-            self._together(lambda: self._make_way(folder))
-            answers = self._together(lambda: self._write(job, folder))
-            files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
-            manifest = Manifest(job.name, self._attempt, job.sequence, files)
-            self._together(lambda: self._commit_on_this_node(manifest, folder))
+            try:
+                self._together(lambda: self._make_way(folder))
+                answers = self._together(lambda: self._write(job, folder))
+                files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
+                manifest = Manifest(job.name, self._attempt, job.sequence, files)
+                self._together(lambda: self._commit_on_this_node(manifest, folder))
+            except StorageError:
+                if self._ranks.local_rank == 0:
+                    self._remove(folder)  # half a checkpoint only takes room
+                raise
         self._saved.append(job.name)
         self._events.put(("checkpoint_saved", {"name": str(job.name), "bytes": manifest.total_bytes}))
         if self._uploads:
@@ -306,9 +270,9 @@ class Keeper:
         message = {"problem": problem, "mend": mend, "files": {name: asdict(entry) for name, entry in files.items()}}
         answers = exchange(message, self._ranks.world_size, self._group)
         if failed := next((answer for answer in answers if answer["problem"]), None):
-            error = StorageError(failed["problem"], failed["mend"])
-            error.shared = True
-            raise error
+            everywhere = StorageError(failed["problem"], failed["mend"])
+            everywhere.shared = True
+            raise everywhere
         return [answer["files"] for answer in answers]
 
     def _committed_in_bucket(self, manifest: Manifest) -> None:
@@ -326,16 +290,16 @@ class Keeper:
             local = sorted(take_inventory(self._folder, None, self._run_name).local.values(), key=lambda m: m.sequence)
             for old in local[: -self._config.keep]:
                 if self._uploads is None or self._is_in_bucket(old):
-                    self._remove(old)
+                    self._remove(self._folder / str(old.name))
 
-    def _remove(self, old: Manifest) -> None:
+    def _remove(self, folder: Path) -> None:
         try:
-            remove_folder(self._folder / str(old.name))
+            remove_folder(folder)
         except OSError as error:  # another node on the same disk may have been faster; what stays is only too much
-            logger.warning("%s was not removed: %s", old.name, error)
+            logger.warning("%s was not removed: %s", folder, error)
 
     def _is_in_bucket(self, manifest: Manifest) -> bool:
-        """Whether this very commit, not only one of its name, is in the bucket."""
+        """Whether this very commit, not only one of its name, is in the bucket, or was and has been pruned since."""
         before = self._inventory.bucket.get(manifest.name)
         by_this_process = self._uploads.committed if self._uploads else []
         commits = [*by_this_process, *([before.manifest] if before and before.manifest else [])]

@@ -138,7 +138,7 @@ def _file_handler(folder: Path) -> logging.Handler:
         handler = _TrainingLog(path, encoding="utf-8")
     except OSError as error:
         raise StorageError(
-            f"{path} can't be written: {error.strerror or error}", "choose another folder with --log.dir"
+            f"{path} can't be written: {error.strerror or error}", "Choose another folder with --log.dir"
         ) from error
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname)-7s %(name)s  %(message)s"))
     return handler

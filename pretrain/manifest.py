@@ -17,7 +17,7 @@ from pretrain.errors import ShardError
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.json"
 MAX_MANIFEST_BYTES = 64 * 2**20
-MEND = "restore the one that belongs to the shards, or delete it: scripts/download_data.py writes one"
+MEND = "Restore the one that belongs to the shards, or delete it: scripts/download_data.py writes one"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DataManifest:
             raise ShardError(
                 f"{source} says vocab_size {self.vocab_size} (tokenizer {self.tokenizer or 'unknown'}), "
                 f"the model has model.vocab_size {vocab_size}",
-                f"set --model.vocab_size {self.vocab_size}",
+                f"Set --model.vocab_size {self.vocab_size}",
             )
 
 

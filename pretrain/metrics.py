@@ -243,5 +243,5 @@ def _disk(place: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             f"{error.filename or place}: {error.strerror or error}",
-            "make room or mend the rights there, or choose another folder with --log.dir",
+            "Make room or mend the rights there, or choose another folder with --log.dir",
         ) from error

@@ -26,7 +26,7 @@ MAX_MEMBERS = 32
 MAX_MEMBER_BYTES = 8 * 2**30
 MAX_INFLATION = 256  # of the tokens; deflate could reach 1032. A mask of ones does, but its shape is the tokens' shape
 FREE_MEMBER_BYTES = 64 * 2**20  # below this no inflation is dangerous, and a small padded shard may inflate a lot
-REWRITE = "write the shard again, or leave it out with --data.on_bad_shard skip"
+REWRITE = "Write the shard again, or leave it out with --data.on_bad_shard skip"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def check_vocab(tokens: np.ndarray, vocab_size: int, name: str) -> None:
     raise ShardError(
         f"shard {name}: found token id {int(tokens[offset])} at offset {offset} (its largest is {highest}), "
         f"expected ids below the vocabulary of {vocab_size}",
-        f"set --model.vocab_size to the tokenizer's, at least {highest + 1}",
+        f"Set --model.vocab_size to the tokenizer's, at least {highest + 1}",
     )
 
 

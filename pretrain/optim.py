@@ -67,3 +67,8 @@ class LossScale:
         if self.finite_steps == self.window:
             self.scale = min(MAX_LOSS_SCALE, self.scale * 2)
             self.finite_steps = 0
+
+    def restore(self, scale: float, finite_steps: int) -> None:
+        """Go on from a checkpoint; one of another precision has no scale, it says 0, and the first one stays."""
+        if scale:
+            self.scale, self.finite_steps = scale, finite_steps

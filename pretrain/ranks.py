@@ -6,9 +6,13 @@ that it never waits for a GPU stream, and as JSON bytes, so that nothing is ever
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
+import signal
 import socket
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +21,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import TrainerError
+from pretrain.errors import ConfigError, TrainerError
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 BACKGROUND_TIMEOUT = timedelta(hours=24)  # a slow upload is not a dead rank; the launcher ends what is dead
 
 
@@ -115,11 +122,19 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
     """Meet the other ranks of the run, as RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT of any launcher say.
 
     Without a launcher this process is the only rank.
+
+    Raises:
+        ConfigError: the launcher set only some of them.
     """
     environment = os.environ
-    if "RANK" not in environment:
+    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    _end_with_torchrun()
+    if missing := [name for name in LAUNCHER_VARIABLES if not environment.get(name)]:
+        there = ", ".join(name for name in LAUNCHER_VARIABLES if name not in missing)
+        mend = "Start by a launcher (python -m pretrain.launch, torchrun), or unset those."
+        raise ConfigError(f"the environment has {there}, but not {', '.join(missing)}", mend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
@@ -130,6 +145,13 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
 
 
+def _end_with_torchrun() -> None:
+    """Have the kernel end this rank when its launcher dies: a worker that outlives it goes on training, and writing."""
+    # Only under torchrun and its kin: the shell that started a rank by hand may end long before it.
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def leave(ranks: Ranks) -> None:
     """End the process groups, all ranks together: a launcher ends the others when the first one is gone."""
     ranks.barrier()
@@ -137,12 +159,37 @@ def leave(ranks: Ranks) -> None:
 
 
 def local_ranks() -> tuple[int, int]:
-    """(rank on this node, ranks on this node) as the launcher set them; RANK and WORLD_SIZE where it set only those."""
+    """(rank on this node, ranks on this node) as the launcher set them; RANK and WORLD_SIZE where it set only those.
+
+    Raises:
+        ConfigError: one of them is no number.
+    """
     environment = os.environ
+    if wrong := [name for name in NUMBERS if not environment.get(name, "0").isdecimal()]:
+        mend = "A launcher sets it: see there."
+        raise ConfigError(f"{wrong[0]} is {environment[wrong[0]]!r}, expected a number", mend)
     rank = environment.get("LOCAL_RANK", environment.get("RANK", "0"))
     # DeepSpeed's launcher says LOCAL_SIZE where the others say LOCAL_WORLD_SIZE.
     size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", environment.get("WORLD_SIZE", "1")))
     return int(rank), int(size)
+
+
+def is_news(line: str, alone: bool = False) -> bool:
+    """Whether no other rank has printed this error line yet; True where nobody can be asked. For each line ask once.
+
+    Args:
+        alone: whether another rank's line, whatever it is, makes this one no news.
+    """
+    if not dist.is_initialized():
+        return True
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        if alone:
+            return int(store.add("error lines", 0)) == 0
+        store.add("error lines", 1)
+        return int(store.add(f"error line {hashlib.sha256(line.encode()).hexdigest()}", 1)) == 1
+    except RuntimeError:  # the process that kept the store is gone
+        return True
 
 
 def _free_port() -> int:

@@ -77,7 +77,7 @@ def is_retriable(error: BaseException) -> bool:
 def cause_of(error: BaseException) -> str:
     """The root of an error in a few words: `503 backend error`, `ConnectionRefusedError: [Errno 111] ...`."""
     if isinstance(error, GoogleAPICallError):
-        text = f"{status_of(error)} {error.message or ''}"
+        text = f"{status_of(error)} {_words_of(error)}"
     else:
         # requests wraps urllib3, which wraps the socket's error: the innermost one names the cause.
         while inner := error.__cause__ or error.__context__:
@@ -85,6 +85,14 @@ def cause_of(error: BaseException) -> str:
         text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     text = " ".join(text.split())
     return text if len(text) <= 240 else f"{text[:240]}…"
+
+
+def _words_of(error: GoogleAPICallError) -> str:
+    """What the server said; the client's own message repeats the request and the whole answer around it."""
+    try:
+        return str(error.response.json()["error"]["message"])
+    except (AttributeError, KeyError, TypeError, ValueError):  # no answer, or one of another form, such as a web page
+        return str(getattr(error.response, "reason", None) or error.message or "")
 
 
 class Retry:

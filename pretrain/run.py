@@ -8,14 +8,17 @@ from typing import Any
 import torch
 
 from model import flops_per_token
-from pretrain import log
+from pretrain import budget, log
+from pretrain.budget import Prediction
 from pretrain.config import Config
 from pretrain.corpus import Corpus
 from pretrain.engine.base import Engine, StepResult
+from pretrain.errors import StorageError
 from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.metrics import Metrics
+from pretrain.plan import make_setup
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 
@@ -29,6 +32,7 @@ class Run:
     Args:
         device: this rank's.
         total_steps: step at which the run ends.
+        prediction: of memory and speed; None on a CPU.
 
     Attributes:
         first_step: step at which this process began.
@@ -51,6 +55,7 @@ class Run:
     history: LossTracker
     progress: Progress
     total_steps: int
+    prediction: Prediction | None = None
     skipped_in_a_row: int = 0
     stopped: bool = False
     timed_steps: int = 0
@@ -70,6 +75,8 @@ class Run:
             "world_size": self.ranks.world_size,
             "system_info": {**describe_machine(self.device), "mixed_precision": precision},
         }
+        if self.prediction:
+            self.about["predicted"] = self.prediction.to_json()
         if self.monitor.problem:
             logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
         name = device_name(self.device)
@@ -83,6 +90,8 @@ class Run:
         if progress.step > self.first_step + 1:
             self.timed_steps += 1
             self.timed_seconds += step_s
+        if self.prediction and progress.step == self.first_step + budget.MEASURED_AFTER_STEPS:
+            self.prediction.compare()
 
     @property
     def loss_scale(self) -> float | None:
@@ -154,11 +163,19 @@ class Run:
             "step_seconds": progress.seconds,
             **self.about,
             "checkpoints_committed": len(keeper.committed),
-            "checkpoints_verified": len(keeper.verified()),
+            "checkpoints_verified": self._count_verified(),
             "uploads_failed": len(keeper.uploads_failed),
             "checkpoints": f"{(checkpoint.url or checkpoint.dir).rstrip('/')}/{self.config.run.name}",
             "logs": str(self.metrics.folder),
         }
+
+    def _count_verified(self) -> int | None:
+        """Checkpoints that verify now; None where the bucket can't be asked, which must not cost a run its summary."""
+        try:
+            return len(self.keeper.verified())
+        except StorageError as error:
+            logger.warning("the checkpoints could not be verified: %s", error)
+            return None
 
     def next_commands(self) -> list[tuple[str, str]]:
         """(what, command) that a user may want now."""
@@ -168,3 +185,10 @@ class Run:
             ("go on", again) if self.stopped else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
         ]
+
+
+def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
+    """See `budget.check_memory`."""
+    engine, optim, precision = config.engine, config.optim, config.train.precision
+    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
+    return budget.check_memory(setup, device, ranks, force)

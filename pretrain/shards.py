@@ -89,7 +89,7 @@ def fetch_shards(
     if missing and data.on_bad_shard == "stop":
         raise ShardError(
             f"{store.url}: {MANIFEST_NAME} names {len(missing)} shards that are not there, such as {missing[0]}",
-            f"restore them, or delete that {MANIFEST_NAME}",
+            f"Restore them, or delete that {MANIFEST_NAME}",
         )
     return _judge(cache, objects, missing)
 
@@ -107,7 +107,7 @@ def select_shards(listed: Sequence[ObjectInfo], pattern: str, max_files: int, ur
         found = f"{len(listed)} other objects, such as {others}" if listed else "nothing"
         raise ShardError(
             f"no shards under {url}: expected .npz files that match {pattern!r}, found {found}",
-            "check data.source and data.pattern",
+            "Check that address and data.pattern",
         )
     chosen.sort(key=lambda info: info.name)
     return chosen[:max_files] if max_files else chosen
@@ -153,7 +153,7 @@ def _await_siblings(cache: ShardCache, objects: Sequence[ObjectInfo], on_progres
             raise StorageError(
                 f"{len(still)} shards that other ranks of this node fetch did not appear in {cache.folder}, "
                 f"such as {still[0].name}",
-                "see the other ranks' log; all ranks of a node must see the same data.cache_dir",
+                "See the other ranks' log; all ranks of a node must see the same data.cache_dir",
             )
         pending = still
         time.sleep(SIBLING_POLL_S)
@@ -183,5 +183,5 @@ def _judge(cache: ShardCache, objects: Sequence[ObjectInfo], missing: Sequence[s
             skipped.append(info.name)
             log.get(__name__).warning("left out: %s", error.what)
     if not shards:
-        raise ShardError(f"all {len(objects)} shards are bad, such as {skipped[0]}", "set --data.on_bad_shard stop")
+        raise ShardError(f"all {len(objects)} shards are bad, such as {skipped[0]}", "Set --data.on_bad_shard stop")
     return ShardSet(tuple(shards), tuple(sorted(skipped)), cache.manifest)

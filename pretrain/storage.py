@@ -15,7 +15,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol, TypeAlias
 from urllib.parse import unquote, urlsplit
@@ -62,6 +62,8 @@ class ObjectInfo:
     """Base64 of the big-endian checksum, as GCS writes it; empty where unknown."""
     generation: int = 0
     """Changes whenever the object is replaced; 0 where unknown."""
+    created_s: float = field(default=0.0, compare=False)
+    """When it was written, in seconds since 1970; 0 where unknown."""
 
 
 Listing: TypeAlias = list[ObjectInfo]  # inside the stores, `list` is their method
@@ -249,7 +251,7 @@ class LocalStore:
 
     def _info(self, name: str, path: Path) -> ObjectInfo:
         status = path.stat()
-        return ObjectInfo(name, status.st_size, "", status.st_mtime_ns)
+        return ObjectInfo(name, status.st_size, "", status.st_mtime_ns, status.st_mtime)
 
     def _walk(self) -> Iterator[str]:
         """Names of all files; linked folders are followed, each real folder once."""

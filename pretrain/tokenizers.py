@@ -39,7 +39,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ShardError(
             f"the text gives {tokenizer.get_vocab_size()} token ids, expected {vocab_size}",
-            "give more text or fewer ids",
+            "Give more text or fewer ids",
         )
     return tokenizer
 

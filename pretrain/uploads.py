@@ -62,6 +62,87 @@ def list_commits(store: ObjectStore, run_name: str) -> dict[CheckpointName, Buck
     return found
 
 
+class BucketRun:
+    """One run in the bucket: how files get there, what commits them and what is pruned.
+
+    Args:
+        store: root of all checkpoints.
+        known: commits that were there when this process started, and may be superseded; kept up to date.
+        workers: parallel uploads.
+    """
+
+    def __init__(
+        self, store: ObjectStore, run_name: str, known: dict[CheckpointName, BucketManifest], workers: int
+    ) -> None:
+        self.store = store
+        self.run_name = run_name
+        self._known = known
+        self._workers = workers
+
+    def upload(self, job: UploadJob) -> str:
+        """Upload the job's files, compared with the manifest; what went wrong, or ''."""
+        prefix = f"{self.run_name}/{job.manifest.name}/{job.manifest.attempt}"
+
+        def upload(file: str) -> str:
+            found = self.store.upload(job.folder / file, f"{prefix}/{file}")
+            entry = job.manifest.files[file]
+            same = found.size == entry.bytes and found.crc32c == entry.crc32c
+            return "" if same else f"{found.name} is not what the manifest says"
+
+        try:
+            with ThreadPoolExecutor(self._workers) as pool:
+                return next((problem for problem in pool.map(upload, job.files) if problem), "")
+        except StorageError as error:
+            return str(error)
+
+    def commit(self, manifest: Manifest) -> dict[str, str]:
+        """Create the manifest in the bucket, in place of one that was there at the start or came from here.
+
+        Returns:
+            {"problem": what went wrong or "", "conflict": what somebody else has committed meanwhile or ""}.
+        """
+        target = f"{self.run_name}/{manifest.name}/{MANIFEST_FILE}"
+        try:
+            if ahead := self._ahead_of(manifest):
+                where = f"{self.store.url}/{self.run_name}/{ahead}"
+                return {"problem": "", "conflict": f"somebody else is writing this run: {where} is new"}
+            stale = self._known.pop(manifest.name, None)
+            if stale and (stale.manifest is None or stale.manifest.attempt != manifest.attempt):
+                logger.info("%s: an earlier commit of this step is superseded", manifest.name)
+                self.store.delete(target, stale.generation)
+            created = self.store.create(target, manifest.to_bytes())
+            self._known[manifest.name] = BucketManifest(created.generation, manifest)
+        except ObjectExists:
+            return {"problem": "", "conflict": f"somebody else is writing this run: {self.store.url}/{target} is new"}
+        except StorageError as error:
+            return {"problem": str(error), "conflict": ""}
+        return {"problem": "", "conflict": ""}
+
+    def _ahead_of(self, manifest: Manifest) -> str:
+        """A later commit that was not there at the start and did not come from here, or ''.
+
+        A trainer that is so far behind another one that its steps are pruned already never meets one of their name.
+        """
+        for name, commit in list_commits(self.store, self.run_name).items():
+            is_known = name in self._known and self._known[name].generation == commit.generation
+            if not is_known and commit.manifest and commit.manifest.sequence > manifest.sequence:
+                return str(name)
+        return ""
+
+    def prune(self, keep: int) -> None:
+        """Delete all but the newest commits, the manifest of each first; with keep 0, none."""
+        try:
+            for name, commit in old_commits(list_commits(self.store, self.run_name), keep):
+                folder = f"{self.run_name}/{name}/"
+                self.store.delete(f"{folder}{MANIFEST_FILE}", commit.generation)
+                for info in self.store.list(folder):
+                    self.store.delete(info.name)
+                self._known.pop(name, None)
+                logger.info("%s pruned from %s", name, self.store.url)
+        except StorageError as error:  # what is too much today is pruned after the next commit
+            logger.warning("old checkpoints were not pruned: %s", error)
+
+
 class UploadQueue:
     """The background thread of one rank that uploads, commits and prunes; the same jobs in the same order on each rank.
 
@@ -88,14 +169,11 @@ class UploadQueue:
         on_commit: Callable[[Manifest], None],
         on_failure: Callable[[str, str], None],
     ) -> None:
-        self._store = store
-        self._run_name = run_name
-        self._known = known
+        self._bucket = BucketRun(store, run_name, known, workers)
         self._keep = keep
         self._rank = rank
         self._world_size = world_size
         self._group = group
-        self._workers = workers
         self._on_commit = on_commit
         self._on_failure = on_failure
         self._jobs: queue.Queue[UploadJob | None] = queue.Queue()
@@ -131,13 +209,14 @@ class UploadQueue:
 
     def _commit_together(self, job: UploadJob) -> None:
         """Each rank uploads its files; when all are there, rank 0 commits; every rank learns how it ended."""
-        problems = [answer["problem"] for answer in self._exchange({"problem": self._upload(job)})]
+        problems = [answer["problem"] for answer in self._exchange({"problem": self._bucket.upload(job)})]
         outcome = {"problem": next((problem for problem in problems if problem), ""), "conflict": ""}
         if self._rank == 0 and not outcome["problem"]:
-            outcome = self._commit(job.manifest)
+            outcome = self._bucket.commit(job.manifest)
             if not any(outcome.values()):
-                logger.info("%s committed to %s", job.manifest.name, self._store.url)
-                self._prune()  # before the others go on: their next upload may lie under a name that is pruned here
+                logger.info("%s committed to %s", job.manifest.name, self._bucket.store.url)
+                # Before the others go on: their next upload may lie under a name that is pruned here.
+                self._bucket.prune(self._keep)
         outcome = self._exchange(outcome)[0]
         name = str(job.manifest.name)
         if outcome["conflict"]:
@@ -155,51 +234,6 @@ class UploadQueue:
 
     def _exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:
         return exchange(message, self._world_size, self._group)
-
-    def _upload(self, job: UploadJob) -> str:
-        """Upload this rank's files, compared with the manifest; what went wrong, or ''."""
-        prefix = f"{self._run_name}/{job.manifest.name}/{job.manifest.attempt}"
-
-        def upload(file: str) -> str:
-            found = self._store.upload(job.folder / file, f"{prefix}/{file}")
-            entry = job.manifest.files[file]
-            same = found.size == entry.bytes and found.crc32c == entry.crc32c
-            return "" if same else f"{found.name} is not what the manifest says"
-
-        try:
-            with ThreadPoolExecutor(self._workers) as pool:
-                return next((problem for problem in pool.map(upload, job.files) if problem), "")
-        except StorageError as error:
-            return str(error)
-
-    def _commit(self, manifest: Manifest) -> dict[str, str]:
-        """Create the manifest in the bucket, in place of one that was there at the start or came from here."""
-        target = f"{self._run_name}/{manifest.name}/{MANIFEST_FILE}"
-        try:
-            stale = self._known.pop(manifest.name, None)
-            if stale and (stale.manifest is None or stale.manifest.attempt != manifest.attempt):
-                logger.info("%s: an earlier commit of this step is superseded", manifest.name)
-                self._store.delete(target, stale.generation)
-            created = self._store.create(target, manifest.to_bytes())
-            self._known[manifest.name] = BucketManifest(created.generation, manifest)
-        except ObjectExists:
-            return {"problem": "", "conflict": f"somebody else is writing this run: {self._store.url}/{target} is new"}
-        except StorageError as error:
-            return {"problem": str(error), "conflict": ""}
-        return {"problem": "", "conflict": ""}
-
-    def _prune(self) -> None:
-        """Delete all but the newest commits, the manifest of each first."""
-        try:
-            for name, commit in old_commits(list_commits(self._store, self._run_name), self._keep):
-                folder = f"{self._run_name}/{name}/"
-                self._store.delete(f"{folder}{MANIFEST_FILE}", commit.generation)
-                for info in self._store.list(folder):
-                    self._store.delete(info.name)
-                self._known.pop(name, None)
-                logger.info("%s pruned from %s", name, self._store.url)
-        except StorageError as error:  # what is too much today is pruned after the next commit
-            logger.warning("old checkpoints were not pruned: %s", error)
 
 
 def old_commits(

@@ -192,7 +192,7 @@ class Stager:
     def _missing(self) -> list[ShardError]:
         """One error for each shard that the source's manifest names and the source lacks."""
         names = missing_shards(self.source_manifest, self.objects, self.options.pattern, self.options.max_files)
-        mend = f"restore it, or delete {MANIFEST_NAME} there and run this again"
+        mend = f"Restore it, or delete {MANIFEST_NAME} there and run this again"
         found = f"not there, though {MANIFEST_NAME} names it"
         return [ShardError(f"shard {self.store.url}/{name}: {found}", mend) for name in names]
 
@@ -202,7 +202,7 @@ class Stager:
         if absent and free < needed:
             raise StorageError(
                 f"{self.folder} has {gib(free)} free, {len(absent)} shards need {gib(needed)}",
-                "free some, choose another --output_dir, or take fewer with --max_files",
+                "Free some, choose another --output_dir, or take fewer with --max_files",
             )
 
     def _stage_all(self) -> tuple[list[ShardEntry], list[ShardError], int]:

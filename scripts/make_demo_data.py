@@ -108,7 +108,7 @@ def read_corpus() -> list[Document]:
         if not SKIPPED_FOLDERS & set(inside.parts) and (text := _read_text(path)):
             documents.append(Document(inside.as_posix(), text))
     if not documents:
-        raise ShardError(f"no Python sources under {root}", "install the standard library's sources")
+        raise ShardError(f"no Python sources under {root}", "Install the standard library's sources")
     return sorted(documents, key=lambda document: document.digest)
 
 
@@ -286,7 +286,7 @@ def _upload_one(store: ObjectStore, path: Path, name: str) -> None:
     except ObjectExists as error:
         raise StorageError(
             f"{store.url}/{name} is there with another content than {path}",
-            "give --upload an empty prefix, or delete that object",
+            "Give --upload an empty prefix, or delete that object",
         ) from error
 
 

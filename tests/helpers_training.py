@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import socket
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +22,11 @@ from pretrain.checkpoint import CheckpointReader, write_documents, write_manifes
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.engine.base import Engine, ParameterState
 from pretrain.ranks import Ranks, join
+from pretrain.storage import ObjectStore
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, SEQ_LEN = 40, 12
+PROCESS_TIMEOUT_S = 120
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -121,3 +129,66 @@ def flip_a_byte(path: Path, offset: int = -1) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 1
     path.write_bytes(bytes(data))
+
+
+class FaultyStore:
+    """A store whose calls can be made to fail or to wait, and which remembers them.
+
+    Args:
+        before: called with (method, object name) before each call; what it raises is the store's error.
+    """
+
+    def __init__(self, store: ObjectStore, before: Callable[[str, str], None] | None = None) -> None:
+        self.store = store
+        self.url = store.url
+        self.before = before or (lambda method, name: None)
+        self.calls: list[tuple[str, str]] = []
+
+    def __getattr__(self, method: str) -> Callable[..., object]:
+        def call(*arguments: object, **named: object) -> object:
+            name = str(arguments[1] if method == "upload" else arguments[0] if arguments else "")
+            self.calls.append((method, name))
+            self.before(method, name)
+            return getattr(self.store, method)(*arguments, **named)
+
+        return call
+
+    def names_of(self, method: str) -> list[str]:
+        """Objects that a method was called for, in order."""
+        return [name for called, name in self.calls if called == method]
+
+
+def upload_checkpoint(store: ObjectStore, run_name: str, folder: Path, manifest: Manifest) -> None:
+    """Commit a local checkpoint of `folder` (the run's) in the bucket, as another process would have."""
+    for name in manifest.files:
+        store.upload(folder / str(manifest.name) / name, f"{run_name}/{manifest.name}/{manifest.attempt}/{name}")
+    store.create(f"{run_name}/{manifest.name}/manifest.json", manifest.to_bytes())
+
+
+def run_two_ranks(body: str, *, nodes: int = 1, arguments: tuple[str, ...] = ()) -> list[Any]:
+    """What each of two processes printed as JSON.
+
+    Args:
+        body: the script; `me` is its Ranks, `sys.argv[1:]` the arguments.
+        nodes: 2 puts each rank on a node of its own, as far as it can know.
+    """
+    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nme = join(torch.device('cpu'), 1)\n"
+    script += f"{textwrap.dedent(body)}\nleave(me)\n"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    processes = []
+    for rank in range(2):
+        local_rank, local_world_size = (0, 1) if nodes == 2 else (rank, 2)
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+        environment = {**os.environ, **meet, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment |= {key: str(value) for key, value in place.items()}
+        command = [sys.executable, "-c", script, *arguments]
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    try:
+        outputs = [process.communicate(timeout=PROCESS_TIMEOUT_S) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]

@@ -40,12 +40,12 @@ class EngineState:
 
     Args:
         optimizer_steps: updates applied since the run began.
-        loss_scale: of fp16; 1 in other precisions.
+        loss_scale: of fp16; 0 in other precisions, which have none.
         finite_steps: finite fp16 steps since the loss scale last changed.
     """
 
     optimizer_steps: int = 0
-    loss_scale: float = 1.0
+    loss_scale: float = 0.0
     finite_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:

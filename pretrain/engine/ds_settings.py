@@ -61,6 +61,12 @@ def deepspeed_settings(
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (1, 2):
         problems.append(f"{path} asks for ZeRO stage {stage}; this engine runs stage 1 or 2")
+    if isinstance(zero, dict):
+        problems += [
+            f"{path} asks for {key}, which this engine does not run: delete it there"
+            for key in ("offload_optimizer", "offload_param")
+            if key in zero
+        ]
     derived = derived_settings(engine, optim, batch, precision, world_size)
     problems += _contradictions(settings, derived, str(path))
     return _merged(settings, derived), problems

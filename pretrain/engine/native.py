@@ -148,7 +148,9 @@ class NativeEngine:
                 self._adamw.state[master][moment].copy_(full[moment])
         self._publish()
         if self._scales_loss:
-            self._loss_scale.scale, self._loss_scale.finite_steps = state.loss_scale, state.finite_steps
+            self._loss_scale.restore(state.loss_scale, state.finite_steps)
 
     def state(self) -> EngineState:
+        if not self._scales_loss:
+            return EngineState(self._optimizer_steps)
         return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)

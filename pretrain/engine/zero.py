@@ -6,6 +6,7 @@ On a CPU DeepSpeed wants a small communication op, compiled at first use; `cpu_o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import logging
 import os
@@ -48,11 +49,17 @@ def cpu_op_problem() -> str:
     The first call compiles it (about half a minute); later ones find it in torch's extension cache.
     """
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+    from torch.utils.cpp_extension import _get_build_directory
 
-    chatter = io.StringIO()
+    builder = ShareMemCommBuilder()
     try:
-        with contextlib.redirect_stdout(chatter):
-            ShareMemCommBuilder().load(verbose=False)
+        cache = Path(_get_build_directory(builder.name, verbose=False))
+        with (cache / ".turn").open("w") as turn, contextlib.redirect_stdout(io.StringIO()):
+            # Torch guards a build with a file that a killed process leaves behind, and then waits for it for ever. Our
+            # own lock dies with its process, so whoever holds it knows that such a file is a leftover.
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            (cache / "lock").unlink(missing_ok=True)
+            builder.load(verbose=False)
     except (RuntimeError, OSError, ImportError) as error:  # compiler or ninja missing, headers missing, a bad build
         return " ".join(str(error).split())[:200] or type(error).__name__
     return ""
@@ -149,8 +156,10 @@ class ZeroEngine:
             for moment in ADAM_MOMENTS:
                 safe_set_full_optimizer_state(parameter, full[moment], moment)
         if self._zero.loss_scaler.dynamic:
-            self._loss_scale.scale, self._loss_scale.finite_steps = state.loss_scale, state.finite_steps
-            self._zero.loss_scaler.cur_scale = state.loss_scale
+            self._loss_scale.restore(state.loss_scale, state.finite_steps)
+            self._zero.loss_scaler.cur_scale = self._loss_scale.scale
 
     def state(self) -> EngineState:
+        if not self._zero.loss_scaler.dynamic:
+            return EngineState(self._optimizer_steps)
         return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)

@@ -217,7 +217,7 @@ def test_the_sources_manifest_is_kept_and_holds_the_vocabulary(demo, tmp_path, c
     assert content(target) == content(demo / "shards")
     assert "a new manifest" not in capsys.readouterr().out
     assert download(demo / "shards", tmp_path / "other", "--vocab_size", "50257") == 3
-    assert "set --model.vocab_size 1000" in capsys.readouterr().err
+    assert "Set --model.vocab_size 1000" in capsys.readouterr().err
 
 
 def test_a_manifest_that_disagrees_is_written_anew(demo, source, tmp_path, capsys):

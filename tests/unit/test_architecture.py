@@ -18,31 +18,50 @@ SOURCES = [*LIBRARY, *SCRIPTS, ROOT / "model.py", ROOT / "train.py"]
 
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
-    "base": ({"config", "errors", "log"}, set()),
+    "base": ({"config", "errors", "gpus", "log"}, set()),
     "storage": ({"storage", "gcs", "retry", "credentials", "files"}, {"base"}),
     "data": ({"manifest", "npz", "cache", "shards", "batches", "tokenizers"}, {"base", "storage"}),
     "ranks": ({"ranks"}, {"base"}),
     "engine": ({"engine", "optim"}, {"base", "ranks"}),
     "checkpoint": (
-        {"checkpoint", "checkpoint_manifest", "uploads", "discovery", "keeper"},
+        {
+            "catalog",
+            "checkpoint",
+            "checkpoint_manifest",
+            "comparison",
+            "discovery",
+            "resumption",
+            "keeper",
+            "leftovers",
+            "run_lock",
+            "shipping",
+            "uploads",
+        },
         {"base", "storage", "ranks", "engine"},
     ),
-    "metrics": ({"metrics", "sinks", "console", "history", "hardware", "transfers"}, {"base", "storage"}),
+    "metrics": (
+        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "listings", "tables"},
+        {"base", "storage"},
+    ),
+    "plan": ({"memory", "plan"}, {"base", "engine"}),
     "run": (
-        {"arguments", "corpus", "launch", "progress", "run", "stopping", "versions"},
-        {"base", "storage", "data", "ranks", "engine", "checkpoint", "metrics"},
+        {"arguments", "budget", "corpus", "launch", "places", "progress", "reports", "run", "stopping", "versions"},
+        {"base", "storage", "data", "ranks", "engine", "checkpoint", "metrics", "plan"},
     ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
 ONLY: dict[str, set[str]] = {
     "config": set(),
     "errors": set(),
+    "gpus": set(),
     "log": set(),
     "files": set(),
     "batches": {"shards"},
     "optim": set(),
     "uploads": {"checkpoint_manifest", "storage", "ranks"},
     "launch": set(),
+    "memory": set(),
+    "plan": {"memory", "engine"},
 }
 BUILDERS = {"GPT", "flops_per_token"}  # what of model.py the library may import: what builds one and its cost
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
@@ -157,7 +176,7 @@ def test_no_part_is_handed_the_whole_config(path):
 
 
 def test_settings_are_read_without_torch():
-    code = "import sys, pretrain.config, pretrain.arguments; sys.exit('torch' in sys.modules)"
+    code = "import sys, pretrain.config, pretrain.arguments, pretrain.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

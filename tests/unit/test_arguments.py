@@ -184,6 +184,24 @@ def test_world_size_comes_from_the_launcher(monkeypatch):
     assert world_size_from_env() == 1
 
 
+@pytest.mark.parametrize("text", ["four", "0", "-1", "", "2.0"])
+def test_a_world_size_that_is_no_number_of_ranks_is_refused(monkeypatch, text):
+    monkeypatch.setenv("WORLD_SIZE", text)
+    with pytest.raises(ConfigError, match=f"WORLD_SIZE is '{text}', expected the number of ranks"):
+        world_size_from_env()
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_a_value_must_be_finite(value):
+    with pytest.raises(ConfigError, match=r"optim\.lr is (-?inf|nan), expected a finite number"):
+        parse([*BASE, f"--lr={value}"])
+
+
+def test_a_switch_takes_no_value():
+    with pytest.raises(ConfigError, match=r"--compile takes no value: give --model\.compile 1 instead"):
+        parse([*BASE, "--compile=1"])
+
+
 def test_a_mistake_is_found_without_torch():
     code = (
         "import sys; from pretrain.arguments import parse; from pretrain.errors import ConfigError\n"

@@ -127,3 +127,10 @@ def test_the_shipped_file_fits_every_shipped_config(config, world_size):
     assert parsed.engine.ds_config == "" and SHIPPED.is_file()
     _, problems = deepspeed_settings(parsed.engine, parsed.optim, parsed.batch, parsed.train.precision, world_size)
     assert problems == []
+
+
+def test_offload_is_refused_by_name(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
+    _, problems = deepspeed_settings(EngineConfig(ds_config=str(path)), OptimConfig(), BatchConfig(), "bf16", 1)
+    assert problems == [f"{path} asks for offload_optimizer, which this engine does not run: delete it there"]

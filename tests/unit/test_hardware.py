@@ -48,7 +48,7 @@ def test_a_cpu_refuses_fp16_and_names_what_it_can() -> None:
     hardware.check_precision(CPU, "fp32")
     hardware.check_precision(CPU, "bf16")
     with pytest.raises(
-        ConfigError, match=r"fp16, which a CPU can't train in; it can fp32, bf16.*give --precision bf16"
+        ConfigError, match=r"fp16, which a CPU can't train in; it can fp32, bf16.*Give --precision bf16"
     ):
         hardware.check_precision(CPU, "fp16")
 
@@ -58,52 +58,6 @@ def test_a_gpu_before_ampere_refuses_bf16_and_names_what_it_can(gpus) -> None:
     gpus.update(name="Tesla T4", capability=(7, 5))
     with pytest.raises(ConfigError, match=r"bf16, which Tesla T4 can't train in; it can fp32, fp16"):
         hardware.check_precision(GPU, "bf16")
-
-
-@pytest.mark.parametrize(
-    ("name", "label"),
-    [
-        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("NVIDIA H100 NVL", "H100 NVL"),
-        ("NVIDIA H200", "H200 SXM"),
-        ("NVIDIA H200 NVL", "H200 NVL"),
-        ("NVIDIA H20", "H20"),
-        ("NVIDIA GH200 480GB", "GH200"),
-        ("NVIDIA B200", "B200"),
-        ("NVIDIA GB200", "GB200"),
-        ("NVIDIA A100-SXM4-80GB", "A100"),
-        ("NVIDIA A100 80GB PCIe", "A100"),
-        ("NVIDIA A10", "A10"),
-        ("NVIDIA A10G", "A10G"),
-        ("NVIDIA L4", "L4"),
-        ("NVIDIA L40", "L40"),
-        ("NVIDIA L40S", "L40S"),
-        ("Tesla T4", "T4"),
-        ("Tesla V100-SXM2-16GB", "V100 SXM"),
-        ("Tesla V100-PCIE-32GB", "V100 PCIe"),
-        ("Tesla V100S-PCIE-32GB", "V100S"),
-        ("NVIDIA GeForce RTX 3090", "RTX 3090"),
-        ("NVIDIA GeForce RTX 3090 Ti", "RTX 3090 Ti"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("NVIDIA GeForce RTX 5090", "RTX 5090"),
-        ("NVIDIA RTX 6000 Ada Generation", "RTX 6000 Ada"),
-        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", ""),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", ""),
-        ("NVIDIA GeForce RTX 4090 D", ""),
-        ("NVIDIA T400", ""),
-        ("NVIDIA B300 SXM6 AC", ""),
-    ],
-)
-def test_driver_names_match_their_own_entry_only(name: str, label: str) -> None:
-    assert hardware.match_gpu(name) == label
-
-
-def test_every_entry_can_be_reached_and_its_rates_are_in_order() -> None:
-    for label, peak in hardware.PEAK_FLOPS.items():
-        assert hardware.match_gpu(f"NVIDIA {peak.pattern}") == label
-        assert peak.bf16 in (0, peak.fp16) and peak.fp16 >= peak.tf32 and peak.fp16 > peak.fp32 > 0
-        assert peak.tf32 == 0 or peak.tf32 == pytest.approx(peak.fp16 / 2, rel=0.03)
 
 
 def test_a_known_gpu_has_its_data_sheets_rate(gpus, monkeypatch) -> None:

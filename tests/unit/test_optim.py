@@ -111,3 +111,11 @@ def test_loss_scale_moves_as_torch_grad_scaler_does(seed):
         torch._amp_update_scale_(theirs, growth, torch.tensor(float(not finite)), 2.0, 0.5, window)
         theirs.clamp_(1.0, MAX_LOSS_SCALE)  # GradScaler has no bounds
         assert (ours.scale, ours.finite_steps) == (theirs.item(), growth.item())
+
+
+def test_a_loss_scale_goes_on_from_a_checkpoint_of_its_own_precision_only():
+    scale = LossScale(1024.0, window=10)
+    scale.restore(0.0, 0)  # what a bf16 run saved
+    assert (scale.scale, scale.finite_steps) == (1024.0, 0)
+    scale.restore(256.0, 7)
+    assert (scale.scale, scale.finite_steps) == (256.0, 7)

@@ -1,19 +1,14 @@
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
-from pretrain.ranks import local_ranks
-from tests.helpers_training import LAUNCHER_VARIABLES, ROOT, single_rank
+from pretrain.ranks import join, local_ranks
+from tests.helpers_training import LAUNCHER_VARIABLES, run_two_ranks, single_rank
 
 
 @pytest.fixture
@@ -23,32 +18,10 @@ def no_launcher(monkeypatch):
     return monkeypatch
 
 
-def run_two_ranks(body: str, timeout_s: float = 60) -> list[dict]:
-    """What each of two processes printed as JSON; `body` has `me`, its Ranks."""
-    preamble = "import json, torch\nfrom pretrain import errors\nfrom pretrain.ranks import background_group, join, leave\n"
-    script = preamble + "me = join(torch.device('cpu'), 1)\n" + textwrap.dedent(body) + "\nleave(me)\n"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        ranks = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONPATH": str(ROOT), **{key: str(value) for key, value in ranks.items()}}
-        command = [sys.executable, "-c", script]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    try:
-        outputs = [process.communicate(timeout=timeout_s) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    return [json.loads(out) for out, _ in outputs]
-
-
 def test_two_ranks_exchange_what_they_know():
     results = run_two_ranks(
         """
+        from pretrain.ranks import background_group
         group = background_group()
         message = {"rank": me.rank, "text": "é" * (5 if me.rank else 3000), "list": list(range(me.rank * 100))}
         answers = me.exchange(message)
@@ -80,6 +53,7 @@ def test_two_ranks_exchange_what_they_know():
 def test_a_decision_of_the_first_rank_holds_on_both_and_so_does_its_error():
     results = run_two_ranks(
         """
+        from pretrain import errors
         decided = me.decided_by_first(lambda: {"rank": me.rank})
         def fail():
             raise errors.ShardError("shard x is torn", "Get another.")
@@ -140,3 +114,25 @@ def test_local_ranks_as_each_launcher_tells_them(no_launcher, variables, expecte
     for name, value in variables.items():
         no_launcher.setenv(name, value)
     assert local_ranks() == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0"}, "has RANK, but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "2"}, "has WORLD_SIZE, but not RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}, "but not MASTER_PORT"),
+    ],
+)
+def test_half_of_a_launchers_variables_is_refused(no_launcher, variables, words):
+    for name, value in variables.items():
+        no_launcher.setenv(name, value)
+    with pytest.raises(ConfigError, match=words):
+        join(torch.device("cpu"), 1)
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_SIZE"])
+def test_a_rank_that_is_no_number_is_named(no_launcher, name):
+    no_launcher.setenv(name, "x")
+    with pytest.raises(ConfigError, match=f"{name} is 'x', expected a number"):
+        local_ranks()

@@ -153,3 +153,21 @@ def test_the_cause_is_the_innermost_error_on_one_line() -> None:
         assert cause_of(error) == "ConnectionRefusedError: [Errno 111] Connection refused"
     assert len(cause_of(ValueError("x" * 1000))) < 260
     assert not is_retriable(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (
+            b'{"error": {"code": 503, "message": "We encountered an internal error. Please try again."}}',
+            "We encountered",
+        ),
+        (b"<html>Bad gateway</html>", "Service Unavailable"),
+        (b'["error"]', "Service Unavailable"),
+    ],
+)
+def test_the_cause_is_what_the_server_said_and_not_the_request(body: bytes, words: str) -> None:
+    answer = requests.Response()
+    answer.status_code, answer.reason, answer._content = 503, "Service Unavailable", body
+    error = api.from_http_status(503, f"POST https://storage/upload: {body!r}: ('Request failed')", response=answer)
+    assert cause_of(error).startswith(f"503 {words}") and "POST" not in cause_of(error)

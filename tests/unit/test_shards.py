@@ -245,7 +245,7 @@ def test_a_manifest_is_read_back_equal_and_unknown_fields_are_passed_over(source
 def test_a_disk_without_room_is_refused_before_anything_is_downloaded(source, data, monkeypatch):
     monkeypatch.setattr("pretrain.cache.free_disk_bytes", lambda folder: 400)
     store = RemoteStore(source)
-    with pytest.raises(StorageError, match=r"GiB free, 3 shards need about .* --data\.cache_dir"):
+    with pytest.raises(StorageError, match=r"MiB free, 3 shards need about .* --data\.cache_dir"):
         fetch_shards(store, data, vocab_size=103)
     assert store.downloaded == []
 

@@ -7,6 +7,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,13 @@ def test_list_is_recursive_sorted_and_relative(store: ObjectStore) -> None:
         found = store.stat(info.name)
         assert found is not None
         assert (found.size, found.generation) == (info.size, info.generation)
+
+
+def test_a_listing_tells_when_an_object_was_written(store: ObjectStore) -> None:
+    before = time.time()
+    store.create("a", b"x")
+    [info] = store.list()
+    assert before - 2 <= info.created_s <= time.time() + 2
 
 
 def test_upload_gives_size_and_crc32c_and_may_be_repeated(store: ObjectStore, tmp_path: Path) -> None:

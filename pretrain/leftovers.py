@@ -1,0 +1,135 @@
+"""What a killed process left behind: checkpoint folders, objects and temporary files that no manifest names.
+
+A leftover is never resumed from and only takes room. What is committed is none, a damaged commit neither.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.catalog import Catalog, folder_bytes
+from pretrain.checkpoint import remove_folder
+from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
+from pretrain.errors import StorageError
+from pretrain.files import PART_SUFFIX
+from pretrain.storage import ObjectInfo, ObjectStore
+from pretrain.uploads import list_commits
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """One thing that can go.
+
+    Args:
+        run: whose it is.
+        place: "local" or "bucket".
+        path: the folder or the file, or the objects' common prefix below the bucket's root.
+        why: why it is not committed.
+        bytes: of all its files.
+        changed_s: when its newest file was written, in seconds since 1970; infinite where unknown.
+        objects: of the bucket.
+    """
+
+    run: str
+    place: str
+    path: str
+    why: str
+    bytes: int
+    changed_s: float
+    objects: tuple[ObjectInfo, ...] = ()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since anything of it was written."""
+        return max(time.time() - self.changed_s, 0.0)
+
+
+def find_leftovers(catalog: Catalog, run: str = "") -> list[Leftover]:
+    """What is not committed, of one run or of all.
+
+    Raises:
+        StorageError: the bucket can't be listed, or a folder can't be read.
+    """
+    found = []
+    runs = [run] if run else sorted({*catalog.runs(), *(path.parent.name for path in catalog.folder.glob("*/.*"))})
+    for name in runs:
+        found += _local_leftovers(catalog.folder / name, name)
+        if catalog.store:
+            found += _bucket_leftovers(catalog.store, name)
+    return found
+
+
+def _local_leftovers(folder: Path, run: str) -> list[Leftover]:
+    found = []
+    for path in sorted(folder.glob("checkpoint-*")):
+        if CheckpointName.parse(path.name) and path.is_dir() and not (path / MANIFEST_FILE).exists():
+            why = "a save that was not finished: no manifest"
+            found.append(Leftover(run, "local", str(path), why, folder_bytes(path), _newest(path)))
+    inside = {Path(leftover.path) for leftover in found}
+    for path in sorted(folder.rglob(f".*{PART_SUFFIX}")):
+        if path.parent not in inside and path.is_file():
+            status = path.stat()
+            found.append(
+                Leftover(run, "local", str(path), "a file that was not finished", status.st_size, status.st_mtime)
+            )
+    return found
+
+
+def _newest(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+
+
+def _bucket_leftovers(store: ObjectStore, run: str) -> list[Leftover]:
+    attempts: dict[tuple[CheckpointName, str], list[ObjectInfo]] = defaultdict(list)
+    for info in store.list(f"{run}/"):
+        parts = info.name.split("/")
+        name = CheckpointName.parse(parts[1])
+        if name and len(parts) == 4:
+            attempts[name, parts[2]].append(info)
+    commits = list_commits(store, run)  # after the objects: what was committed in between is seen as committed
+    found = []
+    for (name, attempt), objects in sorted(attempts.items(), key=lambda item: (item[0][0].step, item[0][1])):
+        commit = commits.get(name)
+        if commit and (commit.manifest is None or commit.manifest.attempt == attempt):
+            continue
+        why = "a manifest names another attempt" if commit else "an upload that was not committed: no manifest"
+        changed_s = max(info.created_s or float("inf") for info in objects)
+        size = sum(info.size for info in objects)
+        found.append(Leftover(run, "bucket", f"{run}/{name}/{attempt}", why, size, changed_s, tuple(objects)))
+    return found
+
+
+def remove_leftover(leftover: Leftover, catalog: Catalog) -> bool:
+    """Remove it, unless it was committed meanwhile; whether it was removed.
+
+    Raises:
+        StorageError: it can't be removed.
+    """
+    if leftover.place == "bucket":
+        return catalog.store is not None and _remove_objects(leftover, catalog.store)
+    path = Path(leftover.path)
+    if (path / MANIFEST_FILE).exists():
+        return False
+    try:
+        if path.is_dir():
+            remove_folder(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path} can't be removed: {error.strerror}", f"Look at it: ls -ld {path.parent}") from error
+    return True
+
+
+def _remove_objects(leftover: Leftover, store: ObjectStore) -> bool:
+    _, checkpoint, attempt = leftover.path.split("/")
+    name = CheckpointName.parse(checkpoint)
+    assert name is not None
+    commit = list_commits(store, leftover.run).get(name)
+    if commit and (commit.manifest is None or commit.manifest.attempt == attempt):
+        return False
+    for info in leftover.objects:
+        store.delete(info.name, info.generation)
+    return True

@@ -1,0 +1,336 @@
+"""How much memory training takes, in bytes per component, counted tensor by tensor. No torch here.
+
+A step is walked from its forward pass to its update, and at each moment that can be the fullest what is alive then is
+added up: `peak` is the largest. Counted is what torch's allocator hands out in eager mode; CUDA's own share is
+`FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute precision, P parameters, N ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.config import BatchConfig, ModelConfig
+
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+FP32_BYTES = 4
+MOMENTS_BYTES = 8  # AdamW's two, fp32
+TOKEN_BYTES = 8  # int64
+NORM_BYTES = 8  # DeepSpeed squares each gradient in fp64
+
+# CUDA's context and kernels, cuBLAS's workspace, and with several GPUs NCCL's channels. Assumed, not measured by us.
+FRAMEWORK_BYTES = {"alone": 1_000_000_000, "with others": 2_000_000_000}
+RESERVE = 0.10  # of the card: fragmentation of torch's allocator, and what nobody counted
+
+COMPONENTS = {
+    # field of Moment: what a reader calls it
+    "weights": "compute weights",
+    "masters": "master weights (fp32)",
+    "gradients": "gradients",
+    "moments": "optimizer moments (fp32)",
+    "activations": "activations",
+    "logits": "logits and loss",
+    "communication": "communication buffers",
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which engine holds the tensors, and what of them it divides over the ranks.
+
+    Args:
+        engine: "native" or "deepspeed".
+        stage: of ZeRO: 0 divides nothing, 1 master weights and moments, 2 gradients too.
+        bucket_elements: elements of one of DeepSpeed's reduction buffers.
+        buckets: how many of those there are; two where communication overlaps the backward pass.
+    """
+
+    engine: str = "native"
+    stage: int = 0
+    bucket_elements: int = 0
+    buckets: int = 0
+
+    @classmethod
+    def of_deepspeed(cls, settings: dict[str, Any]) -> Sharding:
+        """From DeepSpeed's configuration, as `deepspeed_settings` gives it."""
+        zero = settings["zero_optimization"]
+        elements = int(zero.get("reduce_bucket_size", 5e8)) if zero.get("contiguous_gradients", True) else 0
+        return cls("deepspeed", int(zero["stage"]), elements, 2 if zero.get("overlap_comm") else 1)
+
+    @property
+    def title(self) -> str:
+        """As a reader knows it: "deepspeed ZeRO-2"."""
+        return f"{self.engine} ZeRO-{self.stage}" if self.stage else self.engine
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides a rank's memory.
+
+    Args:
+        model: a resolved ModelConfig.
+        precision: fp32, bf16 or fp16.
+        batch: its micro size counts, and whether gradients accumulate.
+        world_size: ranks.
+    """
+
+    model: ModelConfig
+    precision: str
+    batch: BatchConfig
+    world_size: int = 1
+    sharding: Sharding = Sharding()
+
+    def with_micro_size(self, micro_size: int) -> Setup:
+        """The same with another micro batch."""
+        return dataclasses.replace(self, batch=dataclasses.replace(self.batch, micro_size=micro_size))
+
+    def with_checkpointing(self, on: bool) -> Setup:
+        """The same with activation checkpointing on or off."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, activation_checkpointing=on))
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step has more than one micro-batch."""
+        return self.batch.accumulation(self.world_size) > 1
+
+    @property
+    def micro_sizes(self) -> list[int]:
+        """The micro batches that the global batch divides into, smallest first."""
+        per_rank = self.batch.global_size // self.world_size
+        return [size for size in range(1, per_rank + 1) if self.batch.global_size % (size * self.world_size) == 0]
+
+    @property
+    def framework(self) -> int:
+        """Bytes that CUDA and NCCL take beside torch's allocator."""
+        return FRAMEWORK_BYTES["alone" if self.world_size == 1 else "with others"]
+
+    @property
+    def optimizer_ranks(self) -> int:
+        """Ranks that divide the master weights and the moments among themselves."""
+        return self.world_size if self.sharding.stage >= 1 else 1
+
+    @property
+    def gradient_ranks(self) -> int:
+        """Ranks that divide the gradients among themselves."""
+        return self.world_size if self.sharding.stage >= 2 else 1
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes alive on one rank at one moment of a step, by component; `when` names it."""
+
+    when: str
+    weights: int
+    masters: int
+    moments: int
+    gradients: int = 0
+    activations: int = 0
+    logits: int = 0
+    communication: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all components."""
+        return sum(self.components().values())
+
+    def components(self) -> dict[str, int]:
+        """Bytes by field name, in the order of COMPONENTS."""
+        return {name: getattr(self, name) for name in COMPONENTS}
+
+
+def peak(setup: Setup) -> Moment:
+    """The fullest moment of a step."""
+    return max(timeline(setup), key=lambda moment: moment.total)
+
+
+def required_bytes(setup: Setup) -> int:
+    """Bytes of one GPU's memory: the peak and the framework."""
+    return peak(setup).total + setup.framework
+
+
+def available_bytes(card_bytes: int) -> int:
+    """Bytes of a card that a plan may use: all but the reserve."""
+    return int(card_bytes * (1 - RESERVE))
+
+
+def largest_micro_size(setup: Setup, available: int) -> int:
+    """The largest micro batch that the global batch divides into and that fits in `available` bytes; 0: none does."""
+    fitting = [size for size in setup.micro_sizes if required_bytes(setup.with_micro_size(size)) <= available]
+    return max(fitting, default=0)
+
+
+def parameter_sizes(model: ModelConfig) -> list[int]:
+    """Elements of every parameter in the order of the module, the vocabulary padded as it is in memory."""
+    d, f = model.d_model, model.d_ff
+    attention = [3 * d * d, 3 * d, d * d, d]
+    feed_forward = [f * d, f, d * f, d]
+    block = [d, d, *attention, d, d, *feed_forward]
+    return [model.padded_vocab_size * d, model.seq_len * d, *block * model.n_layer, d, d]
+
+
+# ---- one step ----
+
+
+def timeline(setup: Setup) -> Iterator[Moment]:
+    """The moments of a step that can be its fullest."""
+    model = setup.model
+    c, size = COMPUTE_BYTES[setup.precision], sum(parameter_sizes(setup.model))
+    head = c * model.padded_vocab_size * model.d_model  # gradient of the tied embedding
+    tokens = setup.batch.micro_size * model.seq_len
+    still = Moment(
+        "",
+        weights=c * size,
+        masters=FP32_BYTES * size // setup.optimizer_ranks,
+        moments=MOMENTS_BYTES * size // setup.optimizer_ranks,
+    )
+    kept = model.n_layer * _kept_of_block(setup) + _kept_of_ends(setup)
+    stream = c * tokens * model.d_model
+    held, flowing = _held_gradients(setup), _reduction_buffers(setup)
+
+    def at(when: str, gradients: int, activations: int = 0, logits: int = 0, communication: int = 0) -> Moment:
+        return dataclasses.replace(
+            still,
+            when=when,
+            gradients=gradients,
+            activations=activations,
+            logits=logits,
+            communication=communication,
+        )
+
+    # fp32 three times: the saved log-probabilities, their gradient, and the logits' gradient made from both
+    yield at("the loss, backward", held, kept, 3 * FP32_BYTES * tokens * model.vocab_size)
+    yield at("the output head, backward", held + head, kept + stream, c * tokens * model.padded_vocab_size)
+    recomputed = _saved_by_block(setup) - _kept_of_block(setup)
+    done = 2 * stream + (tokens * model.d_model if model.dropout else 0)  # by then: the head, its norm, the last mask
+    yield at("the last block, backward", held + head, kept + recomputed - done + _passing(setup), 0, flowing)
+    # the head's gradient waits until the end for the embedding's own; autograd adds the two into a third
+    yield at("the embedding, backward", _all_gradients(setup) + 3 * head, stream, 0, flowing)
+    for when, gradients, communication in _update(setup):
+        yield at(when, gradients, 0, 0, communication)
+
+
+def _passing(setup: Setup) -> int:
+    """Bytes by which gradients of activations exceed the activations freed before them, at a block's fullest.
+
+    At the GELU there are the gradients of the stream, of the block's output behind dropout, and of the wide layer. In
+    plain attention the softmax, its gradient and the scores' gradient, all fp32, when the wide layer is done.
+    """
+    model, c = setup.model, COMPUTE_BYTES[setup.precision]
+    tokens = setup.batch.micro_size * model.seq_len
+    stream, wide = c * tokens * model.d_model, c * tokens * model.d_ff
+    at_gelu = stream * (2 if model.dropout else 1) + wide
+    if model.attention != "plain":
+        return at_gelu
+    softmax = 3 * FP32_BYTES * _scores(setup) - _saved_scores(setup)
+    return max(at_gelu, softmax + stream - 2 * (stream + wide))
+
+
+def _saved_by_block(setup: Setup) -> int:
+    """Bytes that autograd saves of one block, its input included.
+
+    Of the compute precision and (B, T, d_model): the inputs of both norms, of qkv and of up (the norms' outputs), q, k
+    and v, and the attention's output; (B, T, d_ff): the inputs of GELU and of down. fp32: mean and deviation of both
+    norms and the log-sum-exp of each head's row. Dropout keeps a mask of a byte an element.
+    """
+    model, c = setup.model, COMPUTE_BYTES[setup.precision]
+    tokens = setup.batch.micro_size * model.seq_len
+    saved = c * tokens * (8 * model.d_model + 2 * model.d_ff) + 4 * FP32_BYTES * tokens
+    if model.dropout:
+        saved += 2 * tokens * model.d_model
+    if model.attention != "plain":
+        return saved + FP32_BYTES * tokens * model.n_head
+    return saved + _saved_scores(setup)
+
+
+def _saved_scores(setup: Setup) -> int:
+    """Bytes that plain attention saves of (B, n_head, T, T): the softmax in fp32, what multiplies v, and two masks."""
+    c, dropout, scores = COMPUTE_BYTES[setup.precision], bool(setup.model.dropout), _scores(setup)
+    multiplied = c if c != FP32_BYTES or dropout else 0  # the softmax itself where nothing was rounded or dropped
+    return scores * (FP32_BYTES + multiplied + dropout) + setup.model.seq_len**2
+
+
+def _scores(setup: Setup) -> int:
+    """Elements of one block's attention matrices, (B, n_head, T, T)."""
+    return setup.batch.micro_size * setup.model.n_head * setup.model.seq_len**2
+
+
+def _kept_of_block(setup: Setup) -> int:
+    """Bytes of one block that wait for the backward pass: with activation checkpointing its input only."""
+    if not setup.model.activation_checkpointing:
+        return _saved_by_block(setup)
+    return COMPUTE_BYTES[setup.precision] * setup.batch.micro_size * setup.model.seq_len * setup.model.d_model
+
+
+def _kept_of_ends(setup: Setup) -> int:
+    """Bytes kept before the first block and behind the last one: tokens, targets, masks, inputs of norm and head."""
+    model, tokens = setup.model, setup.batch.micro_size * setup.model.seq_len
+    kept = 2 * COMPUTE_BYTES[setup.precision] * tokens * model.d_model + 2 * TOKEN_BYTES * tokens
+    return kept + (tokens * model.d_model if model.dropout else 0)
+
+
+# ---- gradients, as the engine keeps them ----
+
+
+def _held_gradients(setup: Setup) -> int:
+    """Bytes of gradients that earlier micro-batches left when the last one begins its backward pass."""
+    if not setup.accumulates:
+        return 0
+    size = sum(parameter_sizes(setup.model))
+    if setup.sharding.engine == "native":
+        return FP32_BYTES * size
+    return COMPUTE_BYTES[setup.precision] * size // setup.gradient_ranks
+
+
+def _all_gradients(setup: Setup) -> int:
+    """Bytes of gradients at the end of the backward pass, the embedding's and the head's not counted."""
+    c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
+    if sharding.engine == "native":
+        return _held_gradients(setup) + c * sum(sizes[1:])
+    if setup.gradient_ranks == 1:  # ZeRO-1 accumulates in place
+        return c * sum(sizes[1:])
+    return _held_gradients(setup) + c * sum(sizes) // setup.gradient_ranks  # ZeRO-2: a new share each micro-batch
+
+
+def _reduction_buffers(setup: Setup) -> int:
+    """Bytes in which gradients travel during the backward pass: DeepSpeed's buckets, and the copy that it reduces."""
+    if setup.sharding.engine == "native":
+        return 0  # it reduces behind the backward pass
+    elements = setup.sharding.bucket_elements
+    copied = min(elements, sum(parameter_sizes(setup.model))) if setup.world_size > 1 else 0
+    return COMPUTE_BYTES[setup.precision] * (setup.sharding.buckets * elements + copied)
+
+
+def _update(setup: Setup) -> Iterator[tuple[str, int, int]]:
+    """(moment, bytes of gradients, bytes of communication) from the end of the backward pass to the new weights."""
+    c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
+    size, fp32 = sum(sizes), FP32_BYTES * sum(sizes)
+    if sharding.engine == "native":
+        moved = 0 if c == FP32_BYTES else c * size  # fp32 gradients become the masters' without a copy
+        start = fp32 + moved if setup.accumulates else max(fp32, moved + FP32_BYTES * sizes[0])
+        both = 2 * fp32 if c == FP32_BYTES and setup.accumulates else start
+        yield "gradients to the masters", both, 0
+        yield "the all-reduce", fp32, FP32_BYTES * _largest_message(sizes) if setup.world_size > 1 else 0
+        return
+    share, largest = size // setup.optimizer_ranks, max(sizes)
+    left = c * (size // setup.gradient_ranks)
+    yield "the gradient norm", left + NORM_BYTES * min(largest, share), 0
+    flat = FP32_BYTES * share if c != FP32_BYTES else 0
+    yield "the update", left + c * share + flat, 0
+    # named full fp32 tensors of one parameter: the weight and its two moments
+    yield "a checkpoint's copy", 0, (FP32_BYTES + MOMENTS_BYTES) * largest
+
+
+NATIVE_MESSAGE_ELEMENTS = 64 * 2**20  # engine/native.py's REDUCE_BUCKET_ELEMENTS; a test holds them together
+
+
+def _largest_message(sizes: list[int]) -> int:
+    """Elements of the native engine's largest all-reduce: parameters are added to a message until it is full."""
+    largest = message = 0
+    for size in sizes:
+        message += size
+        largest = max(largest, message)
+        if message >= NATIVE_MESSAGE_ELEMENTS:
+            message = 0
+    return largest

@@ -1,0 +1,210 @@
+"""What a run will need and take: memory, time, energy, money, checkpoints. Predicted, and each figure says from what.
+
+No torch and no GPU here: `scripts/plan.py` prints it before anything is paid for, train.py at the start of a run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain import memory
+from pretrain.config import BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.engine.ds_settings import deepspeed_settings
+from pretrain.errors import ConfigError
+from pretrain.gpus import CARDS, PEAK_FLOPS, expected_mfu
+from pretrain.memory import Moment, Setup, Sharding
+
+GB = 1e9
+CHINCHILLA_RATIO = 20  # tokens a parameter, arXiv 2203.15556
+CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
+RECOMPUTED = 4 / 3  # activation checkpointing runs a second forward pass, a third of the step's FLOPs
+MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+MOST_GPUS = 1024
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that a plan is for.
+
+    Args:
+        name: as the user or the driver says it.
+        peak: key of PEAK_FLOPS; '' where its rate is unknown.
+        memory_bytes: of one card.
+        power_w: of one card at most; 0: unknown.
+    """
+
+    name: str
+    peak: str
+    memory_bytes: int
+    power_w: int = 0
+
+    @classmethod
+    def named(cls, name: str) -> Gpu:
+        """A GPU of the table.
+
+        Raises:
+            ConfigError: it is not in the table; lists what is.
+        """
+        if (card := CARDS.get(name.lower())) is None:
+            raise ConfigError(f"there is no GPU {name!r} in the table", f"Known are {', '.join(CARDS)}.")
+        return cls(name.lower(), card.peak, card.memory_gb * 10**9, card.power_w)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The rate to expect of all GPUs together.
+
+    Args:
+        tokens_per_second: of the whole run.
+        mfu: 0 to 1; recomputed activations do not count as useful work.
+        source: where the MFU is from.
+    """
+
+    tokens_per_second: float
+    mfu: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Memory of one GPU: what the setup requires and what the card offers; all in bytes."""
+
+    setup: Setup
+    gpu: Gpu
+    peak: Moment
+    required: int
+    available: int
+    largest_micro_size: int
+
+    @property
+    def feasible(self) -> bool:
+        """Whether it fits."""
+        return self.required <= self.available
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; GB of 10^9 bytes."""
+        components = {name: round(size / GB, 3) for name, size in self.peak.components().items()}
+        return {
+            "engine": self.setup.sharding.title,
+            "precision": self.setup.precision,
+            "activation_checkpointing": self.setup.model.activation_checkpointing,
+            "micro_batch_size": self.setup.batch.micro_size,
+            "gpus": self.setup.world_size,
+            "gpu": self.gpu.name,
+            "components_gb": {**components, "framework": round(self.setup.framework / GB, 3)},
+            "peak_at": self.peak.when,
+            "peak_gb": round(self.peak.total / GB, 3),
+            "required_gb": round(self.required / GB, 3),
+            "available_gb": round(self.available / GB, 3),
+            "feasible": self.feasible,
+            "largest_micro_batch_size": self.largest_micro_size,
+        }
+
+
+def make_setup(
+    model: ModelConfig, batch: BatchConfig, engine: EngineConfig, optim: OptimConfig, precision: str, world_size: int
+) -> Setup:
+    """The setup of a run.
+
+    Raises:
+        ConfigError: ds_config.json can't be used.
+    """
+    sharding = Sharding()
+    if engine.name == "deepspeed":
+        settings, problems = deepspeed_settings(engine, optim, batch, precision, world_size)
+        if problems:
+            raise ConfigError(problems)
+        sharding = Sharding.of_deepspeed(settings)
+    return Setup(model, precision, batch, world_size, sharding)
+
+
+def budget(setup: Setup, gpu: Gpu) -> Budget:
+    """What the setup requires of each GPU, against what the card offers."""
+    available = memory.available_bytes(gpu.memory_bytes)
+    largest = memory.largest_micro_size(setup, available)
+    return Budget(setup, gpu, memory.peak(setup), memory.required_bytes(setup), available, largest)
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """The same as model.py's, which needs torch: 6 FLOPs a multiplying weight, and attention's whole square."""
+    weights = model.n_layer * (4 * model.d_model**2 + 2 * model.d_model * model.d_ff) + model.vocab_size * model.d_model
+    return 6.0 * weights + 12.0 * model.n_layer * model.d_model * model.seq_len
+
+
+def peak_tflops(gpu: Gpu, precision: str) -> float:
+    """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default."""
+    rate: float = getattr(PEAK_FLOPS[gpu.peak], precision)
+    return rate
+
+
+def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
+    """The rate to expect of the setup on such GPUs.
+
+    Raises:
+        ConfigError: the GPU has no units for the precision.
+    """
+    peak = peak_tflops(gpu, setup.precision)
+    if not peak:
+        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
+    efficiency = expected_mfu(gpu.peak, setup.model.n_parameters)
+    mfu, source = efficiency.mfu, efficiency.source
+    if setup.model.activation_checkpointing:
+        mfu, source = mfu / RECOMPUTED, f"{source}; × 3/4 for activation checkpointing"
+    rate = mfu * peak * 1e12 * setup.world_size / flops_per_token(setup.model)
+    return Speed(rate, mfu, source)
+
+
+def mends(setup: Setup, gpu: Gpu) -> list[str]:
+    """What would make an impossible setup fit, cheapest first; each is options and what comes of them."""
+    available = memory.available_bytes(gpu.memory_bytes)
+    half, recomputing = dataclasses.replace(setup, precision="bf16"), setup.with_checkpointing(True)
+    options = [("", setup)]  # a smaller micro batch alone costs next to nothing
+    if setup.precision == "fp32":
+        options.append(("--precision bf16", half))
+    if not setup.model.activation_checkpointing:
+        options.append(("--model.activation_checkpointing true", recomputing))
+        if setup.precision == "fp32":
+            options.append(("--precision bf16 --model.activation_checkpointing true", half.with_checkpointing(True)))
+    found = [
+        f"{name} --batch.micro_size {size}".strip()
+        for name, changed in options
+        if (size := memory.largest_micro_size(changed, available))
+    ]
+    return found or _larger_machines(recomputing, gpu)
+
+
+def _larger_machines(setup: Setup, gpu: Gpu) -> list[str]:
+    """More of the same GPUs, where the engine divides anything among them, or the smallest card that will do."""
+    found = []
+    available = memory.available_bytes(gpu.memory_bytes)
+    for count in range(setup.world_size + 1, min(setup.batch.global_size, MOST_GPUS) + 1):
+        more = dataclasses.replace(setup, world_size=count).with_micro_size(1)
+        if setup.sharding.stage and more.micro_sizes and memory.required_bytes(more) <= available:
+            found.append(f"--gpus {count} --model.activation_checkpointing true --batch.micro_size 1")
+            break
+    needed = memory.required_bytes(setup.with_micro_size(1))
+    cards = [(card.memory_gb, name) for name, card in CARDS.items() if card.memory_gb * GB * 0.9 >= needed]
+    if cards:
+        found.append(f"--gpu {min(cards)[1]} --model.activation_checkpointing true --batch.micro_size 1")
+    return found
+
+
+def read_tokens(text: str) -> int:
+    """22B, 1.5T, 500M, 64K or a plain number as tokens.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    found = re.fullmatch(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([KMBT]?)", text.strip().upper())
+    count = round(float(re.sub("[_,]", "", found[1])) * MULTIPLES[found[2]]) if found else 0
+    if not count:
+        raise ConfigError(f"{text!r} is no number of tokens", "Write 22B, 1.5T, 500M or 22_000_000_000.")
+    return count
+
+
+def padded_parameters(model: ModelConfig) -> int:
+    """Parameters as they lie in memory and in checkpoints, the vocabulary's padding included."""
+    return sum(memory.parameter_sizes(model))

@@ -1,0 +1,66 @@
+"""How a run that ends by an error says so: one line on stderr, however many ranks have met it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+
+from pretrain import log
+from pretrain.errors import ConfigError, TrainerError
+
+# No torch up here: a wrong setting is told before it is imported.
+
+RANK_0_SPEAKS_S = 5.0
+
+logger = log.get(__name__)
+
+
+def report(error: TrainerError, debug: bool) -> int:
+    """Print an error's line, unless another rank has; its exit code."""
+    told = os.environ.get("RANK", "0")
+    rank = int(told) if told.isdecimal() else 0
+    if logger.hasHandlers():  # before there is a log, logging's last resort would print the line a second time
+        logger.error(error.line(), extra=log.FILE_ONLY)
+    if debug:
+        traceback.print_exception(error)
+    if error.shared and rank:
+        time.sleep(RANK_0_SPEAKS_S)  # a launcher ends all ranks when the first one ends: not before rank 0 has said it
+    elif error.shared or _is_news(error):
+        print((f"[rank {rank}] " if rank else "") + log.mask(error.line()), file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def _is_news(error: TrainerError) -> bool:
+    """Whether no other rank has said it; that a peer is gone is none where any rank has said why it goes."""
+    from pretrain.ranks import is_news
+
+    return is_news(error.line(), alone=isinstance(error, PeerLost))
+
+
+class PeerLost(TrainerError):
+    """The connection to another rank broke: the cause is with that rank."""
+
+
+def explain(error: RuntimeError) -> TrainerError | None:
+    """What one of torch's errors means to a user; None where we don't know."""
+    import torch
+
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
+        full = ConfigError(
+            f"{whose} memory is full: {str(error).splitlines()[0]:.160}",
+            "Halve --batch.micro_size (the global batch stays the same), or --model.activation_checkpointing true.",
+        )
+        full.shared = False  # another rank may have room
+        return full
+    if "EADDRINUSE" in text:
+        port = os.environ.get("MASTER_PORT", "")
+        what = f"the ranks can't meet at MASTER_PORT {port}: it is in use on this machine"
+        return ConfigError(what, "Take another, the same one on every node.")
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
+        cause = text.partition(". ")[0]
+        return PeerLost(f"another rank is gone or out of reach: {cause:.160}", "The rank that ended first says why.")
+    return None

@@ -1,0 +1,343 @@
+"""Know before you pay: memory, speed, time, energy, money and checkpoints of a run. Needs no GPU and no torch.
+
+    python scripts/plan.py --model 1.2B --gpus 8 --gpu h100-80gb --tokens 22B
+    python scripts/plan.py --model 7B --gpus 8 --gpu h100-80gb --tokens 22B --compare
+    python scripts/plan.py --models
+
+Every option of train.py works as well (`--model.n_layer 30`, `--engine native`). Exit code 0: the run fits into the
+GPUs' memory, 2: it does not, or a setting is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+
+from pretrain import memory, plan
+from pretrain.arguments import parse
+from pretrain.config import MODEL_SIZES, Config, ModelConfig
+from pretrain.errors import ConfigError, TrainerError
+from pretrain.gpus import CARDS
+from pretrain.listings import print_table
+from pretrain.memory import COMPONENTS, Setup, Sharding
+from pretrain.plan import GB, Budget, Gpu, Speed
+from pretrain.tables import Row, show_rows
+
+EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2
+# option: the field of train.py that it sets
+SHORT_FORMS = {
+    "--micro_batch_size": "batch.micro_size",
+    "--global_batch_size": "batch.global_size",
+    "--seq_len": "model.seq_len",
+    "--vocab_size": "model.vocab_size",
+    "--activation_checkpointing": "model.activation_checkpointing",
+}
+SHAPE = ("n_layer", "n_head", "d_model", "d_ff")
+COMPARED_SIZES = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan that the command line asks for and return the exit code."""
+    options, others = build_parser().parse_known_args(argv)
+    console = Console(highlight=False, emoji=False, markup=False)
+    try:
+        config = read_config(options, others)
+        if options.models:
+            return show_models(config.model, console, options.json)
+        gpu = Gpu.named(options.gpu)
+        setup = plan.make_setup(
+            config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
+        )
+        if options.compare:
+            return show_comparison(setup, gpu, config, console, options.json)
+        return show_plan(setup, gpu, config, options, console)
+    except TrainerError as error:
+        print(error.line(), file=sys.stderr)
+        return error.exit_code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options of the plan itself; what they leave over is train.py's."""
+    parser = argparse.ArgumentParser(
+        prog="plan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", metavar="SIZE", help=f"one of {', '.join(MODEL_SIZES)} (default: the config's)")
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all (default: 8)")
+    parser.add_argument("--gpu", default="h100-80gb", help=f"one of {', '.join(CARDS)} (default: h100-80gb)")
+    parser.add_argument("--tokens", help="22B, 1.5T, 500M (default: the config's)")
+    parser.add_argument("--config", default="production", help="configs/NAME.yaml or a path (default: production)")
+    for option, field in SHORT_FORMS.items():
+        parser.add_argument(option, help=f"as --{field}")
+    parser.add_argument("--shards", type=int, default=0, help="files that hold the tokens, for the bucket's traffic")
+    parser.add_argument("--price_per_gpu_hour", type=float, default=0.0, help="of one GPU, in your currency")
+    parser.add_argument("--compare", action="store_true", help="engines × activation checkpointing × micro batch")
+    parser.add_argument("--models", action="store_true", help="every size with its exact count")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def read_config(options: argparse.Namespace, others: list[str]) -> Config:
+    """The settings that train.py would have with these options.
+
+    Raises:
+        ConfigError: all that is wrong with them.
+    """
+    if options.gpus < 1:
+        raise ConfigError(f"--gpus is {options.gpus}, expected at least 1")
+    argv = ["--config", options.config, "--data", "planned"]
+    if options.model:
+        argv += ["--model.size", options.model]
+        argv += [word for part in SHAPE for word in (f"--model.{part}", "0")]  # a config's own shape is another model
+    if options.tokens:
+        argv += ["--max-tokens", str(plan.read_tokens(options.tokens)), "--max-steps", "0"]
+    for option, field in SHORT_FORMS.items():
+        if (value := getattr(options, option.removeprefix("--"))) is not None:
+            argv += [f"--{field}", value]
+    return parse(argv + others, world_size=options.gpus).config
+
+
+# ---- one plan ----
+
+
+def show_plan(setup: Setup, gpu: Gpu, config: Config, options: argparse.Namespace, console: Console) -> int:
+    """Print the plan of one run."""
+    if not (config.train.max_tokens or config.train.max_steps):
+        raise ConfigError("the plan does not know how many tokens to train on", "Give --tokens 22B.")
+    budget, speed = plan.budget(setup, gpu), plan.expected_speed(setup, gpu)
+    course = course_of(setup, gpu, speed, config, options)
+    mends = [] if budget.feasible else plan.mends(setup, gpu)
+    if options.json:
+        tree = {"memory": budget.to_json(), "course": course, "mends": mends}
+        print(json.dumps(tree, indent=1))
+    else:
+        what = f"{config.model.size}: {config.model.n_parameters:,} parameters on {setup.world_size} × {gpu.name}"
+        show_rows(console, what, setting_rows(setup))
+        show_rows(console, "Memory of one GPU", memory_rows(budget))
+        show_rows(console, "Feasibility", feasibility_rows(budget, mends))
+        show_rows(console, "The run", course_rows(course))
+    return EXIT_FEASIBLE if budget.feasible else EXIT_INFEASIBLE
+
+
+def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: argparse.Namespace) -> dict[str, Any]:
+    """What the run takes, as plain values; None where it can't be known."""
+    steps = config.total_steps(0)
+    tokens = steps * config.tokens_per_step
+    hours = tokens / speed.tokens_per_second / 3600
+    checkpoint = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model)
+    count = checkpoints_of(config, steps, options.shards)
+    return {
+        "tokens": tokens,
+        "steps": steps,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens_per_parameter": round(tokens / config.model.n_parameters, 2),
+        "tokens_per_second": round(speed.tokens_per_second),
+        "mfu": round(speed.mfu, 4),
+        "mfu_source": speed.source,
+        "peak_tflops_per_gpu": plan.peak_tflops(gpu, setup.precision),
+        "hours": round(hours, 2),
+        "gpu_hours": round(hours * setup.world_size, 1),
+        "energy_kwh": round(hours * setup.world_size * gpu.power_w / 1000, 1),
+        "power_w_per_gpu": gpu.power_w,
+        "cost": round(hours * setup.world_size * options.price_per_gpu_hour, 2) or None,
+        "checkpoint_gb": round(checkpoint / GB, 2),
+        "checkpoints": count,
+        "uploaded_gb": None if count is None else round(count * checkpoint / GB, 1),
+        "kept_gb": round((config.checkpoint.keep or count or 1) * checkpoint / GB, 1),
+        "keep": config.checkpoint.keep,
+        "every_files": config.checkpoint.every_files,
+        "every_steps": config.checkpoint.every_steps,
+    }
+
+
+def checkpoints_of(config: Config, steps: int, shards: int) -> int | None:
+    """Checkpoints that the run saves, the last one included; None where the number of shards decides and is unknown."""
+    files, every_steps = config.checkpoint.every_files, config.checkpoint.every_steps
+    if files and not shards:
+        return None
+    by_files = -(-shards // files) if files else 0
+    by_steps = -(-steps // every_steps) if every_steps else 0
+    return max(1, by_files + by_steps)
+
+
+def setting_rows(setup: Setup) -> list[Row]:
+    """What the plan is for."""
+    model, batch = setup.model, setup.batch
+    parts = f"{batch.micro_size} micro × {batch.accumulation(setup.world_size)} accumulated × {setup.world_size} GPUs"
+    recompute = "on" if model.activation_checkpointing else "off"
+    return [
+        ("shape", f"{model.n_layer} layers, {model.n_head} heads", f"{model.d_model} wide, {model.d_ff} inside"),
+        ("batch", f"{batch.global_size} × {model.seq_len} tokens", parts),
+        ("engine", f"{setup.sharding.title}, {setup.precision}", f"activation checkpointing {recompute}"),
+    ]
+
+
+def memory_rows(budget: Budget) -> list[Row]:
+    """Bytes by component."""
+    parts = budget.peak.components()
+    rows = [(COMPONENTS[name], gigabytes(size), "") for name, size in parts.items()]
+    return [
+        *rows,
+        ("peak of the tensors", gigabytes(budget.peak.total), f"at {budget.peak.when}"),
+        ("framework", gigabytes(budget.setup.framework), "CUDA context, NCCL; assumed"),
+    ]
+
+
+def feasibility_rows(budget: Budget, mends: list[str]) -> list[Row]:
+    """Required against available."""
+    reserve = f"{gigabytes(budget.gpu.memory_bytes)} less {memory.RESERVE:.0%}"
+    rows = [
+        ("required", gigabytes(budget.required), ""),
+        ("available", gigabytes(budget.available), reserve),
+        ("utilization", f"{budget.required / budget.available:.1%}", ""),
+        ("feasible", "yes" if budget.feasible else "NO", ""),
+        ("largest micro batch", str(budget.largest_micro_size or "none fits"), "at this global batch"),
+    ]
+    return rows + [("would fit" if number == 0 else "or", mend, "") for number, mend in enumerate(mends)]
+
+
+def course_rows(course: dict[str, Any]) -> list[Row]:
+    """What the run takes."""
+    ratio = course["tokens_per_parameter"]
+    every = " and ".join(
+        f"every {course[key]} {unit}"
+        for key, unit in (("every_files", "shards"), ("every_steps", "steps"))
+        if course[key]
+    )
+    uploaded = "give --shards N" if course["uploaded_gb"] is None else gigabytes(course["uploaded_gb"] * GB)
+    count = "" if course["checkpoints"] is None else f"{course['checkpoints']:,} checkpoints"
+    rows = [
+        ("tokens", f"{course['tokens']:,}", f"{course['steps']:,} steps of {course['tokens_per_step']:,}"),
+        ("tokens a parameter", f"{ratio:g}", f"Chinchilla: {plan.CHINCHILLA_RATIO}"),
+        ("tokens/s", f"{course['tokens_per_second']:,}", "predicted, all GPUs"),
+        ("MFU", f"{course['mfu']:.1%}", course["mfu_source"]),
+        ("time", days(course["hours"]), f"{course['gpu_hours']:,} GPU hours; without saving and restarts"),
+        ("energy", f"{course['energy_kwh']:,} kWh", f"at most: {course['power_w_per_gpu']} W a GPU, without the host"),
+        ("cost", f"{course['cost']:,.2f}" if course["cost"] else "give --price_per_gpu_hour", ""),
+        ("a checkpoint", gigabytes(course["checkpoint_gb"] * GB), f"{every or 'at the end'}; 12 bytes a parameter"),
+        ("uploaded in all", uploaded, count),
+        (
+            "kept in the bucket",
+            gigabytes(course["kept_gb"] * GB),
+            f"the newest {course['keep']}" if course["keep"] else "all",
+        ),
+    ]
+    return rows
+
+
+# ---- tables ----
+
+
+def show_comparison(setup: Setup, gpu: Gpu, config: Config, console: Console, as_json: bool) -> int:
+    """Print the memory of every engine, with and without activation checkpointing, over the micro batches."""
+    rows = [compared(row, gpu) for row in choices(setup, config)]
+    offered, model = memory.available_bytes(gpu.memory_bytes), config.model
+    if as_json:
+        tree = {"gpu": gpu.name, "gpus": setup.world_size, "available_gb": offered / GB, "rows": rows}
+        print(json.dumps(tree, indent=1))
+    else:
+        head = ["engine", "ckpt", *rows[0]["required_gb"], "max", "tok/s"]
+        body = [comparison_row(row, offered / GB) for row in rows]
+        what = f"{model.size}, {model.n_parameters:,} parameters, {setup.precision}, on {setup.world_size} × {gpu.name}"
+        console.print(what, soft_wrap=True)
+        print_table(head, body, console, right=head[1:], title="GB of one GPU, by micro batch")
+        source = f"{rows[0]['mfu_source']}; × 3/4 with activation checkpointing (ckpt)"
+        console.print(f"! does not fit: {gigabytes(offered)} are available. max: the largest micro batch that does.")
+        console.print(f"Tokens/s are predicted: {source}.", soft_wrap=True)
+    return EXIT_FEASIBLE if any(row["largest_micro_batch_size"] for row in rows) else EXIT_INFEASIBLE
+
+
+def compared(setup: Setup, gpu: Gpu) -> dict[str, Any]:
+    """One row of the comparison, as plain values; the micro batches are powers of two."""
+    sizes = [size for size in setup.micro_sizes if size & (size - 1) == 0][:COMPARED_SIZES]
+    speed = plan.expected_speed(setup, gpu)
+    required = {str(size): round(memory.required_bytes(setup.with_micro_size(size)) / GB, 3) for size in sizes}
+    return {
+        "engine": setup.sharding.title,
+        "activation_checkpointing": setup.model.activation_checkpointing,
+        "required_gb": required,
+        "largest_micro_batch_size": plan.budget(setup, gpu).largest_micro_size,
+        "tokens_per_second": round(speed.tokens_per_second),
+        "mfu_source": speed.source,
+    }
+
+
+def comparison_row(row: dict[str, Any], offered_gb: float) -> list[str]:
+    """One row of the comparison for people; ! marks what does not fit."""
+    return [
+        row["engine"].removeprefix("deepspeed "),
+        "on" if row["activation_checkpointing"] else "off",
+        *(f"{required:.1f}{' ' if required <= offered_gb else '!'}" for required in row["required_gb"].values()),
+        str(row["largest_micro_batch_size"] or "–"),
+        f"{row['tokens_per_second']:,}",
+    ]
+
+
+def choices(setup: Setup, config: Config) -> list[Setup]:
+    """The setup on every engine, with and without activation checkpointing; DeepSpeed as ds_config.json has it."""
+    zero = plan.make_setup(
+        config.model,
+        config.batch,
+        dataclasses.replace(config.engine, name="deepspeed"),
+        config.optim,
+        config.train.precision,
+        setup.world_size,
+    ).sharding
+    engines = [Sharding(), *(dataclasses.replace(zero, stage=stage) for stage in (1, 2))]
+    changed = [dataclasses.replace(setup, sharding=sharding) for sharding in engines]
+    return [each.with_checkpointing(on) for each in changed for on in (False, True)]
+
+
+def show_models(model: ModelConfig, console: Console, as_json: bool) -> int:
+    """Print every size alias with its exact counts, at the config's vocabulary and sequence length."""
+    shapes = {
+        size: dataclasses.replace(model, size=size, **dict.fromkeys(SHAPE, 0)).resolve()  # type: ignore[arg-type]
+        for size in MODEL_SIZES
+    }
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    size: {**{part: getattr(shape, part) for part in SHAPE}, "parameters": shape.n_parameters}
+                    for size, shape in shapes.items()
+                },
+                indent=1,
+            )
+        )
+        return EXIT_FEASIBLE
+    head = ["size", "layers", "heads", "width", "d_ff", "parameters", "saved GB", "20 × N"]
+    body = [
+        [
+            size,
+            *(str(getattr(shape, part)) for part in SHAPE),
+            f"{shape.n_parameters:,}",
+            f"{plan.CHECKPOINT_BYTES * plan.padded_parameters(shape) / GB:.2f}",
+            f"{plan.CHINCHILLA_RATIO * shape.n_parameters / 1e9:.1f}B",
+        ]
+        for size, shape in shapes.items()
+    ]
+    title = f"Vocabulary {model.vocab_size:,}, {model.seq_len} positions, head tied"
+    print_table(head, body, console, right=head[1:], title=title)
+    return EXIT_FEASIBLE
+
+
+# ---- for people ----
+
+
+def gigabytes(n_bytes: float) -> str:
+    """Bytes for people, in GB of 10^9."""
+    return f"{n_bytes / GB:,.2f} GB"
+
+
+def days(hours: float) -> str:
+    """Hours for people."""
+    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""An independent count of a training step's peak memory: torch's own tracker over fake tensors.
+
+The native engine takes its real step, with shapes and dtypes but no data. Two things differ from a GPU: attention is
+torch's fused kernel for CPUs, which knows no dropout (a GPU's saves the same tensors: q, k, v, the output and the
+log-sum-exp), and dropout outside of it is called by its fused form, whose mask is a byte an element as on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from model import GPT, KERNELS, sdpa_attention
+from pretrain.config import EngineConfig, OptimConfig
+from pretrain.engine.native import NativeEngine
+from pretrain.memory import Setup
+
+CPU = torch.device("cpu")
+
+
+def count_peak(setup: Setup) -> int:
+    """Bytes at the fullest moment of one optimizer step of the native engine on one rank."""
+    batch, model = setup.batch, setup.model
+    kernel = "plain" if model.attention == "plain" else "sdpa"
+    with _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
+        gpt = GPT(model, kernel)
+        with mock.patch.object(gpt, "to", lambda what: _converted(gpt, what)):
+            engine = NativeEngine(gpt, OptimConfig(), EngineConfig(name="native"), setup.precision, CPU, 1)
+        tracker = MemTracker()
+        states = [tensor for state in engine._adamw.state.values() for tensor in state.values()]
+        tracker.track_external(gpt, *engine._masters.values(), *states)
+        collect = engine._collect_gradients
+
+        def collect_and_forget() -> None:  # the tracker wants to be told that the modules are called again
+            collect()
+            tracker.reset_mod_stats()
+
+        # a fake norm has no value, and the engine asks for it to decide whether to update
+        with (
+            mock.patch.object(engine, "_collect_gradients", collect_and_forget),
+            mock.patch("torch.nn.utils.get_total_norm", lambda gradients: 1.0),
+            tracker,
+        ):
+            tokens = torch.zeros(batch.micro_size, model.seq_len + 1, dtype=torch.int64)
+            assert engine.train_step([tokens] * batch.accumulation(1), 1e-3).applied
+            (snapshot,) = tracker.get_tracker_snapshot("peak").values()
+    return int(snapshot["Total"])
+
+
+@contextmanager
+def _as_on_a_gpu() -> Iterator[None]:
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        return torch.native_dropout(x, p, training)[0] if p and training else x
+
+    fused = {"sdpa": lambda q, k, v, dropout: sdpa_attention(q, k, v, 0.0)}
+    with mock.patch.dict(KERNELS, fused), mock.patch("torch.nn.functional.dropout", dropout):
+        yield
+
+
+def _converted(module: nn.Module, what: torch.dtype | torch.device) -> nn.Module:
+    """`module.to(what)`; torch's own can't replace a fake parameter."""
+    if isinstance(what, torch.dtype):
+        for part in module.modules():
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                setattr(part, name, nn.Parameter(parameter.detach().to(what)))
+    return module

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import logging
+import types
+
+import pytest
+import torch
+
+from pretrain import budget, plan
+from pretrain.config import BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.errors import ConfigError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class OneRank:
+    """Ranks of one, where another may be in trouble."""
+
+    def __init__(self, other: bool = False) -> None:
+        self.other = other
+
+    def any(self, flag: bool) -> bool:
+        return flag or self.other
+
+
+@pytest.fixture
+def h100(monkeypatch):
+    """An H100, as torch would show it; its name can be changed, and what its allocator measured."""
+    card = {"name": "NVIDIA H100 80GB HBM3", "measured": 10**9}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: card["name"])
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(total_memory=85_000_000_000)
+    )
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: card["measured"])
+    return card
+
+
+def setup_of(micro: int):
+    batch = BatchConfig(128, micro)
+    model = ModelConfig(size="7B").resolve()
+    return plan.make_setup(model, batch, EngineConfig(name="deepspeed"), OptimConfig(), "bf16", 8)
+
+
+def test_on_a_cpu_nothing_is_predicted_and_nothing_refused():
+    assert budget.check_memory(setup_of(16), CPU, OneRank(), force=False) is None
+
+
+def test_what_fits_is_logged_and_described(h100, caplog):
+    with caplog.at_level(logging.INFO, "pretrain"):
+        prediction = budget.check_memory(setup_of(2), GPU, OneRank(), force=False)
+    assert "Memory Requirements" in caplog.text and "Feasible" in caplog.text and "Not feasible" not in caplog.text
+    tree = prediction.to_json()
+    assert tree["memory"]["feasible"] and tree["memory"]["available_gb"] == 76.5
+    assert tree["tokens_per_second"] > 0 and "not ours" in tree["mfu_source"]
+
+
+def test_what_cannot_fit_is_refused_with_the_largest_micro_batch_that_does(h100):
+    with pytest.raises(
+        ConfigError, match=r"largest micro batch that fits is 4\. Give --batch.micro_size 4, or .*--force"
+    ):
+        budget.check_memory(setup_of(16), GPU, OneRank(), force=False)
+
+
+def test_force_goes_on_with_a_warning(h100, caplog):
+    prediction = budget.check_memory(setup_of(16), GPU, OneRank(), force=True)
+    assert not prediction.budget.feasible and "--force" in caplog.text
+
+
+def test_all_ranks_stop_where_one_has_too_little(h100):
+    with pytest.raises(ConfigError, match="another rank"):
+        budget.check_memory(setup_of(2), GPU, OneRank(other=True), force=False)
+
+
+def test_an_unknown_gpu_has_a_memory_plan_and_no_speed(h100):
+    h100["name"] = "NVIDIA Z9000"
+    prediction = budget.check_memory(setup_of(2), GPU, OneRank(), force=False)
+    assert prediction.speed is None and set(prediction.to_json()) == {"memory"}
+
+
+def test_the_prediction_is_held_against_what_was_measured(h100, caplog):
+    prediction = budget.check_memory(setup_of(2), GPU, OneRank(), force=False)
+    h100["measured"] = prediction.budget.peak.total // 2
+    with caplog.at_level(logging.INFO, "pretrain"):
+        prediction.compare()
+    assert "(+100.0 %)" in caplog.text

@@ -1,0 +1,412 @@
+from __future__ import annotations
+
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+
+from pretrain import checkpoint, keeper
+from pretrain.checkpoint import damaged_files, read_manifest
+from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
+from pretrain.config import CheckpointConfig, StorageConfig
+from pretrain.errors import CheckpointError, StorageError
+from pretrain.keeper import Keeper
+from pretrain.run_lock import sole_use
+from pretrain.storage import LocalStore
+from tests.helpers_training import (
+    FaultyStore,
+    TinyModel,
+    differing,
+    flip_a_byte,
+    run_two_ranks,
+    single_rank,
+    states_of,
+    upload_checkpoint,
+    write_checkpoint,
+)
+
+RUN = "run"
+PATIENCE_S = 10
+DOCUMENTS = {"trainer_state.json": "{}\n", "config.yaml": "run: {}\n"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks():
+    with single_rank() as only:
+        yield only
+
+
+class SavedEngine:
+    """What the keeper asks of an engine: its tensors, which tell the step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def parameter_states(self):
+        return iter(states_of(self.step))
+
+
+class Runs:
+    """The starts of one run, one after the other."""
+
+    def __init__(self, tmp_path, ranks, monkeypatch):
+        self.folder = tmp_path / "local" / RUN
+        self.store = FaultyStore(LocalStore(tmp_path / "bucket"))
+        self.config = CheckpointConfig(dir=str(tmp_path / "local"), url=str(tmp_path / "bucket"), keep=3)
+        self.ranks = ranks
+        monkeypatch.setattr(keeper, "open_store", lambda url, config: self.store)
+
+    def start(self, **changes):
+        return Keeper(replace(self.config, **changes), StorageConfig(), RUN, self.ranks)
+
+    def local_steps(self):
+        return sorted(CheckpointName.parse(path.parent.name).step for path in self.folder.glob(f"*/{MANIFEST_FILE}"))
+
+    def bucket_steps(self):
+        names = [info.name.split("/") for info in self.store.store.list(f"{RUN}/")]
+        return sorted(CheckpointName.parse(name[1]).step for name in names if name[2:] == [MANIFEST_FILE])
+
+
+@pytest.fixture
+def runs(tmp_path, ranks, monkeypatch):
+    return Runs(tmp_path, ranks, monkeypatch)
+
+
+def save(kept, step):
+    return kept.save(CheckpointName(0, step, step), SavedEngine(step), DOCUMENTS)
+
+
+def test_a_save_is_committed_here_and_in_the_bucket_and_resumed_to_the_last_bit(runs):
+    kept = runs.start()
+    assert kept.resume() is None
+    save(kept, 5)
+    kept.wait()
+    kept.check()
+    name = "checkpoint-epoch0-step5-files5"
+    assert kept.committed == kept.verified() == [name] and kept.uploads_failed == [] and kept.last_saved_step == 5
+    assert [kind for kind, _ in kept.events()] == ["checkpoint_saved", "checkpoint_committed"]
+    assert list(kept.events()) == []
+    kept.close()
+    shutil.rmtree(runs.folder)
+    again = runs.start(resume="auto")
+    reader = again.resume()
+    assert reader.manifest.name == CheckpointName(0, 5, 5)
+    loaded = {parameter: reader.parameter_state(parameter) for parameter, _ in TinyModel().named_parameters()}
+    assert differing(dict(states_of(5)), loaded) == []
+    assert set(DOCUMENTS) <= set(reader.manifest.files)
+    again.close()
+
+
+def test_without_a_bucket_checkpoints_are_kept_here(runs):
+    kept = runs.start(url="", keep=2)
+    for step in (5, 10, 15):
+        save(kept, step)
+    kept.close()
+    kept.check()
+    assert kept.committed == [f"checkpoint-epoch0-step{step}-files{step}" for step in (5, 10, 15)]
+    assert sorted(kept.verified()) == ["checkpoint-epoch0-step10-files10", "checkpoint-epoch0-step15-files15"]
+    assert runs.local_steps() == [10, 15]
+    flip_a_byte(runs.folder / "checkpoint-epoch0-step15-files15" / "config.yaml")
+    assert kept.verified() == ["checkpoint-epoch0-step10-files10"]
+
+
+def test_a_save_returns_before_it_is_written(runs, monkeypatch):
+    go_on, begun = threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        begun.set()
+        assert go_on.wait(PATIENCE_S)
+        return checkpoint.write_parts(*arguments)
+
+    monkeypatch.setattr(keeper, "write_parts", slow)
+    kept = runs.start()
+    save(kept, 5)
+    assert begun.wait(PATIENCE_S)
+    assert runs.local_steps() == [] and kept.committed == []
+    save(kept, 10)  # one more may queue
+    go_on.set()
+    kept.close()
+    assert runs.local_steps() == runs.bucket_steps() == [5, 10]
+
+
+def test_what_is_saved_is_the_state_at_the_time_of_saving(runs, monkeypatch):
+    go_on = threading.Event()
+
+    def slow(*arguments):
+        assert go_on.wait(PATIENCE_S)
+        return checkpoint.write_parts(*arguments)
+
+    monkeypatch.setattr(keeper, "write_parts", slow)
+    kept = runs.start(url="")
+    states = states_of(5)
+    engine = SavedEngine(5)
+    engine.parameter_states = lambda: iter(states)
+    kept.save(CheckpointName(0, 5, 5), engine, DOCUMENTS)
+    for _, state in states:
+        state["weight"].zero_()  # the training goes on
+    go_on.set()
+    kept.close()
+    reader = runs.start(url="", resume="auto").resume()
+    expected = dict(states_of(5))
+    assert differing(expected, {name: reader.parameter_state(name) for name in expected}) == []
+
+
+def test_in_the_foreground_a_save_waits_for_its_upload(runs):
+    kept = runs.start(background_upload=False)
+    save(kept, 5)
+    assert kept.committed == ["checkpoint-epoch0-step5-files5"] and runs.bucket_steps() == [5]
+    kept.close()
+
+
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_a_fresh_start_over_an_existing_run_is_refused(runs, place):
+    kept = runs.start()
+    save(kept, 5)
+    kept.close()
+    shutil.rmtree(runs.folder if place == "bucket" else runs.store.store.root)
+    with pytest.raises(CheckpointError, match=r"run run already has checkpoints .*step5") as caught:
+        runs.start().resume()
+    assert "--resume auto" in caught.value.mend and "--run NAME" in caught.value.mend
+    assert caught.value.shared
+
+
+def test_resuming_by_name_what_is_not_there_is_an_error_and_auto_is_not(runs):
+    with pytest.raises(CheckpointError, match="no checkpoint checkpoint-epoch0-step5-files5"):
+        runs.start(resume="checkpoint-epoch0-step5-files5").resume()
+    assert runs.start(resume="auto").resume() is None
+
+
+def test_the_sequence_goes_on_after_a_restart(runs):
+    kept = runs.start()
+    save(kept, 5)
+    save(kept, 10)
+    kept.close()
+    again = runs.start(resume="checkpoint-epoch0-step5-files5")
+    again.resume()
+    save(again, 7)
+    again.close()
+    assert read_manifest(runs.folder / "checkpoint-epoch0-step7-files7").sequence == 3
+    newest = runs.start(resume="auto").resume()
+    assert newest.manifest.name.step == 7
+
+
+def test_an_error_of_the_writer_reaches_the_run_and_earlier_checkpoints_hold(runs, monkeypatch):
+    kept = runs.start()
+    save(kept, 5)
+    kept.wait()
+
+    def full(snapshot, folder, *ranks):
+        (folder / "model.part").write_bytes(b"half")
+        raise StorageError("can't write it: No space left on device", "Free space.")
+
+    monkeypatch.setattr(keeper, "write_parts", full)
+    save(kept, 10)
+    kept.wait()
+    with pytest.raises(StorageError, match="No space left") as caught:
+        kept.check()
+    assert caught.value.mend == "Free space." and caught.value.shared
+    save(kept, 15)  # is not tried, and blocks nobody
+    kept.close()
+    assert runs.local_steps() == runs.bucket_steps() == [5]
+    assert [path.name for path in runs.folder.iterdir()] == ["checkpoint-epoch0-step5-files5"]  # nothing half-written
+
+
+def test_an_unexpected_error_of_the_writer_reaches_the_run_too(runs, monkeypatch):
+    kept = runs.start()
+    monkeypatch.setattr(keeper, "write_parts", lambda *arguments: 1 / 0)
+    save(kept, 5)
+    kept.close()
+    with pytest.raises(ZeroDivisionError):
+        kept.check()
+
+
+def test_an_upload_that_fails_is_an_event_and_is_uploaded_at_the_next_start(runs):
+    def outage(method, name):
+        if method == "upload":
+            raise StorageError("503")
+
+    kept = runs.start()
+    runs.store.before = outage
+    save(kept, 5)
+    kept.close()
+    kept.check()  # no reason to stop
+    assert kept.uploads_failed == ["checkpoint-epoch0-step5-files5"] and kept.committed == []
+    assert [kind for kind, _ in kept.events()] == ["checkpoint_saved", "upload_failed"]
+    runs.store.before = lambda method, name: None
+    again = runs.start(resume="auto")
+    assert again.resume().manifest.name.step == 5
+    again.upload_leftovers()
+    again.close()
+    assert again.committed == again.verified() == ["checkpoint-epoch0-step5-files5"]
+    last = runs.start(resume="auto")
+    last.upload_leftovers()
+    last.close()
+    assert last.committed == []  # nothing was left over
+
+
+def test_damaged_leftovers_are_not_uploaded(runs):
+    manifest = write_checkpoint(runs.folder, 5, 1)
+    flip_a_byte(runs.folder / str(manifest.name) / "trainer_state.json")
+    kept = runs.start(resume="auto")
+    kept.upload_leftovers()
+    kept.close()
+    assert runs.bucket_steps() == []
+
+
+def test_local_checkpoints_that_are_not_in_the_bucket_are_never_removed(runs):
+    outage = ["upload"]
+
+    def before(method, name):
+        if method in outage:
+            raise StorageError("503")
+
+    runs.store.before = before
+    kept = runs.start(keep=1)
+    save(kept, 5)
+    save(kept, 10)
+    kept.wait()
+    outage.clear()
+    save(kept, 15)
+    save(kept, 20)
+    kept.close()
+    assert runs.bucket_steps() == [20]
+    assert runs.local_steps() == [5, 10, 20]
+
+
+def test_a_commit_of_the_same_name_by_another_attempt_does_not_count(runs, tmp_path):
+    theirs = write_checkpoint(tmp_path / "theirs", 5, 1, attempt="theirs")
+    upload_checkpoint(runs.store.store, RUN, tmp_path / "theirs", theirs)
+    ours = write_checkpoint(runs.folder, 5, 1, attempt="ours")
+    kept = runs.start(keep=1, resume="auto")
+    save(kept, 10)
+    kept.close()
+    assert damaged_files(ours, runs.folder / str(ours.name)) == []
+    assert runs.local_steps() == [5, 10]
+
+
+def test_local_checkpoints_of_an_earlier_process_are_removed_once_they_are_in_the_bucket(runs):
+    kept = runs.start(keep=1)
+    save(kept, 5)
+    kept.close()
+    again = runs.start(keep=1, resume="auto")
+    again.resume()
+    save(again, 10)
+    again.close()
+    assert runs.local_steps() == runs.bucket_steps() == [10]
+
+
+def test_a_folder_that_can_not_be_removed_stops_nothing(runs, monkeypatch):
+    def busy(folder):
+        raise OSError("busy")
+
+    monkeypatch.setattr(keeper, "remove_folder", busy)
+    kept = runs.start(keep=1)
+    save(kept, 5)
+    save(kept, 10)
+    kept.close()
+    kept.check()
+    assert runs.bucket_steps() == [10]
+
+
+def test_somebody_else_writing_the_run_reaches_the_run(runs, tmp_path):
+    kept = runs.start()
+    theirs = write_checkpoint(tmp_path / "theirs", 5, 1, attempt="theirs")
+    upload_checkpoint(runs.store.store, RUN, tmp_path / "theirs", theirs)
+    save(kept, 5)
+    kept.close()
+    with pytest.raises(CheckpointError, match="somebody else is writing this run"):
+        kept.check()
+
+
+def test_a_bucket_that_can_not_be_listed_is_an_error_at_the_start(runs):
+    def outage(method, name):
+        raise StorageError("403", "Ask for storage.objects.list.")
+
+    runs.store.before = outage
+    with pytest.raises(StorageError, match="403"):
+        runs.start()
+
+
+def test_while_it_is_open_tools_are_kept_out(runs):
+    kept = runs.start()
+    with pytest.raises(CheckpointError, match="in use by a trainer"), sole_use(runs.folder):
+        pass
+    kept.close()
+    with sole_use(runs.folder), pytest.raises(CheckpointError, match="in use by a tool"):
+        runs.start()
+
+
+TWO_RANKS = """
+    from pathlib import Path
+    from pretrain.checkpoint_manifest import CheckpointName
+    from pretrain.config import CheckpointConfig, StorageConfig
+    from pretrain.keeper import Keeper
+    from pretrain.errors import StorageError
+    from tests.helpers_training import TinyModel, states_of
+
+    local, bucket, fails = sys.argv[1], sys.argv[2], sys.argv[3] == "fails"
+    folder = Path(local if me.local_world_size == 2 else f"{local}{me.rank}")
+
+    class Engine:
+        def __init__(self, step):
+            self.step = step
+        def parameter_states(self):
+            return iter(states_of(self.step))
+
+    def start(resume=""):
+        config = CheckpointConfig(dir=str(folder), url=bucket, keep=1, resume=resume)
+        return Keeper(config, StorageConfig(), "run", me)
+
+    def steps():
+        names = [path.parent.name for path in folder.glob("run/*/manifest.json")]
+        return sorted(CheckpointName.parse(name).step for name in names)
+
+    result = {}
+    first = start()
+    for step in (5, 10):
+        first.save(CheckpointName(0, step, step), Engine(step), {"trainer_state.json": "{}"})
+    first.close()
+    result["first"] = steps()
+    result["folders"] = len(list(folder.glob("run/*")))
+    second = start("auto")
+    reader = second.resume()
+    result["resumed"] = reader.manifest.name.step
+    states = dict(states_of(10))
+    result["same"] = all(torch.equal(reader.parameter_state(n)[k], s[k]) for n, s in states.items() for k in s)
+    result["files"] = sorted(reader.manifest.files)
+    if fails and me.rank == 1:
+        import pretrain.keeper
+        def full(*arguments):
+            raise StorageError("disk of rank 1 is full", "Free it.")
+        pretrain.keeper.write_parts = full
+    second.save(CheckpointName(0, 15, 15), Engine(15), {"trainer_state.json": "{}"})
+    second.close()
+    result["second"] = steps()
+    try:
+        second.check()
+    except StorageError as error:
+        result["error"] = [error.what, error.shared]
+    print(json.dumps(result))
+"""
+
+
+def test_two_ranks_write_one_checkpoint_and_fail_together(tmp_path):
+    results = run_two_ranks(TWO_RANKS, arguments=(str(tmp_path / "local"), str(tmp_path / "bucket"), "fails"))
+    for result in results:
+        assert result["resumed"] == 10 and result["same"]
+        assert [name for name in result["files"] if "-of-" in name] == [
+            f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("model", "optimizer") for rank in (1, 2)
+        ]
+        assert result["error"] == ["disk of rank 1 is full", True]
+        assert result["first"] == result["second"] == [10]
+
+
+def test_each_node_prunes_its_own_disk_and_gets_what_it_lacks(tmp_path):
+    arguments = (str(tmp_path / "node"), str(tmp_path / "bucket"), "holds")
+    results = run_two_ranks(TWO_RANKS, nodes=2, arguments=arguments)
+    for result in results:
+        assert "error" not in result
+        assert result["resumed"] == 10 and result["same"]
+        assert result["first"] == [10] and result["folders"] == 1
+        assert result["second"] == [15]

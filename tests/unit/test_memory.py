@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pretrain import memory
+from pretrain.config import BatchConfig, ModelConfig
+from pretrain.engine import native
+from pretrain.memory import Setup, Sharding
+from tests.memory_count import count_peak
+
+TOLERANCE = 0.02  # promised are 7 %
+
+
+def setup_of(size: str = "125M", micro: int = 4, steps: int = 1, precision: str = "bf16", **shape) -> Setup:
+    return Setup(ModelConfig(size=size, **shape).resolve(), precision, BatchConfig(micro * steps, micro))
+
+
+def zero(stage: int, world_size: int, micro: int = 4, steps: int = 1, **shape) -> Setup:
+    batch = BatchConfig(micro * steps * world_size, micro)
+    sharding = Sharding("deepspeed", stage, 500_000_000, 2)
+    return Setup(ModelConfig(**shape).resolve(), "bf16", batch, world_size, sharding)
+
+
+# The shapes of the sizes with fewer blocks: a block more is the same again, and the tracker needs seconds for each.
+COUNTED = {
+    "125M fp32": setup_of("125M", 4, precision="fp32", n_layer=4, seq_len=1024, dropout=0.0),
+    "125M bf16, accumulating": setup_of("125M", 2, steps=2, n_layer=3, seq_len=1024),
+    "350M bf16, recomputing": setup_of("350M", 8, n_layer=4, seq_len=1024, activation_checkpointing=True),
+    "760M bf16": setup_of("760M", 2, n_layer=4),
+    "760M fp32, recomputing": setup_of("760M", 4, precision="fp32", n_layer=3, activation_checkpointing=True),
+    "odd bf16": setup_of("custom", 30, n_layer=5, n_head=5, d_model=320, d_ff=1111, vocab_size=100, seq_len=300),
+    # the fullest moment is not the loss: a block, the embedding, the gradients' way to the masters
+    "odd, recomputing": setup_of(
+        "custom",
+        30,
+        n_layer=5,
+        n_head=5,
+        d_model=320,
+        d_ff=1111,
+        vocab_size=100,
+        seq_len=300,
+        activation_checkpointing=True,
+    ),
+    "wide vocabulary fp32": setup_of(
+        "custom", 2, precision="fp32", n_layer=2, n_head=5, d_model=320, vocab_size=20_000, seq_len=30
+    ),
+    "deep and short": setup_of("custom", 2, n_layer=8, n_head=5, d_model=320, vocab_size=1000, seq_len=30),
+    "plain attention": setup_of("350M", 2, n_layer=2, seq_len=1024, attention="plain"),
+}
+
+
+@pytest.mark.parametrize("setup", COUNTED.values(), ids=COUNTED.keys())
+def test_the_predicted_peak_is_what_torch_counts(setup):
+    assert memory.peak(setup).total == pytest.approx(count_peak(setup), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("size", ["125M", "350M", "760M"])
+def test_the_predicted_peak_of_whole_models_is_what_torch_counts(size, recomputes):
+    setup = setup_of(size, 4, seq_len=1024, activation_checkpointing=recomputes)
+    assert memory.peak(setup).total == pytest.approx(count_peak(setup), rel=TOLERANCE)
+
+
+def test_the_counted_cases_cover_every_moment_of_the_native_engine():
+    moments = {memory.peak(setup).when for setup in COUNTED.values()}
+    others = {"the output head, backward", "the all-reduce"}  # never the fullest of one rank
+    every = {moment.when for moment in memory.timeline(COUNTED["odd bf16"])}
+    assert moments == every - others
+
+
+@pytest.mark.parametrize("size", ["125M", "1.2B", "8B"])
+def test_parameter_sizes_add_up_to_the_exact_count_and_the_padding(size):
+    model = ModelConfig(size=size).resolve()
+    padding = (model.padded_vocab_size - model.vocab_size) * model.d_model
+    assert sum(memory.parameter_sizes(model)) == model.n_parameters + padding
+
+
+def test_weights_optimizer_state_and_gradients_take_18_bytes_a_parameter_in_mixed_precision():
+    setup = setup_of("1.2B", 1, seq_len=64)
+    size = sum(memory.parameter_sizes(setup.model))
+    reduction = next(moment for moment in memory.timeline(setup) if moment.when == "the all-reduce")
+    assert reduction.weights + reduction.masters + reduction.moments + reduction.gradients == 18 * size
+
+
+def test_zero_divides_optimizer_state_and_stage_2_the_gradients():
+    size = sum(memory.parameter_sizes(ModelConfig().resolve()))
+    last = {}
+    for stage in (1, 2):
+        moments = list(memory.timeline(zero(stage, 8)))
+        assert {moment.masters for moment in moments} == {4 * size // 8}
+        assert {moment.moments for moment in moments} == {8 * size // 8}
+        assert {moment.weights for moment in moments} == {2 * size}
+        last[stage] = next(moment for moment in moments if moment.when == "the embedding, backward")
+    # two bytes a gradient: stage 1 has all of them, stage 2 an eighth
+    assert last[1].gradients - last[2].gradients == pytest.approx(2 * size * 7 / 8, rel=0.1)
+
+
+def test_deepspeeds_buckets_are_counted_while_gradients_flow_and_not_at_the_loss():
+    moments = {moment.when: moment for moment in memory.timeline(zero(2, 8))}
+    assert moments["the loss, backward"].communication == 0
+    assert moments["the last block, backward"].communication == 2 * (2 * 500_000_000 + 500_000_000)
+    alone = {moment.when: moment for moment in memory.timeline(zero(2, 1))}
+    assert alone["the last block, backward"].communication == 2 * 2 * 500_000_000
+
+
+def test_zero_settings_are_those_of_the_file():
+    settings = {"zero_optimization": {"stage": 1, "overlap_comm": False, "reduce_bucket_size": 1000}}
+    assert Sharding.of_deepspeed(settings) == Sharding("deepspeed", 1, 1000, 1)
+    assert (
+        Sharding.of_deepspeed({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}).bucket_elements == 0
+    )
+
+
+def test_the_native_engines_messages_are_as_large_as_it_makes_them():
+    assert memory.NATIVE_MESSAGE_ELEMENTS == native.REDUCE_BUCKET_ELEMENTS
+    full = memory.NATIVE_MESSAGE_ELEMENTS
+    assert memory._largest_message([full, 5]) == full
+    assert memory._largest_message([full - 1, 7, 3]) == full + 6
+    assert memory._largest_message([1, 2]) == 3
+
+
+def test_more_never_needs_less():
+    setup = zero(2, 4, 2, steps=2)
+    larger = [
+        setup.with_micro_size(4),
+        dataclasses.replace(setup, precision="fp32"),
+        dataclasses.replace(setup, model=dataclasses.replace(setup.model, n_layer=25)),
+        dataclasses.replace(setup, sharding=dataclasses.replace(setup.sharding, stage=1)),
+    ]
+    assert all(memory.required_bytes(each) > memory.required_bytes(setup) for each in larger)
+    assert memory.required_bytes(setup.with_checkpointing(True)) < memory.required_bytes(setup)
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not():
+    setup = zero(2, 8, 1, steps=16)
+    available = memory.available_bytes(80 * 10**9)
+    largest = memory.largest_micro_size(setup, available)
+    assert largest in setup.micro_sizes
+    assert setup.micro_sizes == [1, 2, 4, 8, 16]
+    assert memory.required_bytes(setup.with_micro_size(largest)) <= available
+    assert memory.required_bytes(setup.with_micro_size(2 * largest)) > available
+    assert memory.largest_micro_size(setup, 10**9) == 0

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import model as model_module
+from pretrain import plan
+from pretrain.config import MODEL_SIZES, BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.errors import ConfigError
+from pretrain.memory import Setup
+from scripts import plan as script
+
+H100 = plan.Gpu.named("h100-80gb")
+BASE = ["--model", "1.2B", "--gpus", "8", "--gpu", "h100-80gb", "--tokens", "22B"]
+
+
+def setup_of(size: str = "1.2B", world_size: int = 8, micro: int = 8, engine: str = "deepspeed", **shape) -> Setup:
+    model = ModelConfig(size=size, **shape).resolve()
+    batch = BatchConfig(128, micro)
+    return plan.make_setup(model, batch, EngineConfig(name=engine), OptimConfig(), "bf16", world_size)
+
+
+def run(capsys, *argv: str) -> tuple[int, str]:
+    code = script.main(list(argv))
+    return code, capsys.readouterr().out
+
+
+def run_json(capsys, *argv: str) -> dict:
+    return json.loads(run(capsys, *argv, "--json")[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("22B", 22_000_000_000),
+        ("1.5T", 1_500_000_000_000),
+        ("500M", 500_000_000),
+        ("64k", 64_000),
+        ("22_000_000_000", 22_000_000_000),
+        ("1,000", 1000),
+    ],
+)
+def test_tokens_are_read_as_people_write_them(text, tokens):
+    assert plan.read_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "B", "22X", "-5B", "0", "1e9", "2.2.2B"])
+def test_what_is_no_number_of_tokens_is_refused(text):
+    with pytest.raises(ConfigError, match="no number of tokens"):
+        plan.read_tokens(text)
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_flops_are_those_of_the_model(size):
+    model = ModelConfig(size=size, seq_len=1024).resolve()
+    assert plan.flops_per_token(model) == model_module.flops_per_token(model, 1024)
+
+
+def test_speed_is_the_published_share_of_the_data_sheets_peak():
+    setup = setup_of()
+    speed = plan.expected_speed(setup, H100)
+    assert speed.mfu == 0.418
+    assert speed.tokens_per_second * plan.flops_per_token(setup.model) == pytest.approx(0.418 * 8 * 989.4e12)
+    # the source trained a model of this shape at 45,455 tokens/s a GPU; it counts all parameters in 6·N, as we do
+    assert speed.tokens_per_second / 8 == pytest.approx(45_455, rel=0.01)
+
+
+def test_recomputing_costs_a_quarter_of_the_useful_rate():
+    on, off = (plan.expected_speed(setup_of().with_checkpointing(recomputes), H100) for recomputes in (True, False))
+    assert on.mfu / off.mfu == pytest.approx(3 / 4) == on.tokens_per_second / off.tokens_per_second
+    assert "activation checkpointing" in on.source
+
+
+def test_an_unknown_gpu_lists_the_known_ones():
+    with pytest.raises(ConfigError, match=r"no GPU 'h1000'.*h100-80gb.*t4"):
+        plan.Gpu.named("h1000")
+
+
+def test_a_gpu_without_units_for_the_precision_is_told():
+    with pytest.raises(ConfigError, match=r"t4 can't multiply in bf16\. Give --precision fp16"):
+        plan.expected_speed(setup_of(), plan.Gpu.named("t4"))
+
+
+def test_what_would_fit_really_fits_and_the_cheapest_comes_first():
+    setup = setup_of("7B", micro=16)
+    assert not plan.budget(setup, H100).feasible
+    first, second = plan.mends(setup, H100)
+    assert (first, second) == ("--batch.micro_size 4", "--model.activation_checkpointing true --batch.micro_size 16")
+    assert plan.budget(setup.with_micro_size(4), H100).feasible
+    assert plan.budget(setup.with_checkpointing(True), H100).feasible
+    assert not plan.budget(setup.with_micro_size(8), H100).feasible
+
+
+def test_where_no_setting_helps_more_or_larger_gpus_are_named():
+    found = plan.mends(setup_of("8B", world_size=1), H100)
+    more = dataclasses.replace(setup_of("8B", world_size=1), world_size=int(found[0].split()[1]))
+    assert found[0].startswith("--gpus ")
+    assert plan.budget(more.with_checkpointing(True).with_micro_size(1), H100).feasible
+    assert found[1].startswith("--gpu ")
+
+
+def test_the_production_run_is_planned(capsys):
+    code, text = run(capsys, *BASE, "--shards", "2000", "--price_per_gpu_hour", "2")
+    assert code == 0
+    for expected in ("1,315,723,264 parameters", "83,923 steps", "published by LLM Foundry, not ours", "feasible"):
+        assert expected in text
+    course = run_json(capsys, *BASE, "--shards", "2000", "--price_per_gpu_hour", "2")["course"]
+    assert course["checkpoints"] == 400 and course["uploaded_gb"] == pytest.approx(
+        400 * course["checkpoint_gb"], rel=1e-3
+    )
+    assert course["checkpoint_gb"] == pytest.approx(12 * 1.3158e9 / 1e9, rel=1e-3)
+    assert course["kept_gb"] == pytest.approx(3 * course["checkpoint_gb"], rel=1e-2)
+    hours = course["tokens"] / course["tokens_per_second"] / 3600
+    assert course["hours"] == pytest.approx(hours, rel=1e-3)
+    assert course["cost"] == pytest.approx(16 * hours, rel=1e-2)
+    assert course["energy_kwh"] == pytest.approx(8 * 0.7 * hours, rel=1e-2)
+    assert course["tokens_per_parameter"] == pytest.approx(16.72)
+
+
+def test_the_printed_components_add_up(capsys):
+    tree = run_json(capsys, *BASE)["memory"]
+    assert sum(tree["components_gb"].values()) == pytest.approx(tree["required_gb"], abs=0.01)
+    assert tree["available_gb"] == 72.0 and tree["engine"] == "deepspeed ZeRO-2"
+
+
+def test_a_plan_that_does_not_fit_says_what_would_and_ends_with_2(capsys):
+    code, text = run(capsys, *BASE, "--model", "7B", "--micro_batch_size", "16", "--activation_checkpointing", "false")
+    assert code == 2 and "NO" in text and "--batch.micro_size 4" in text
+
+
+def test_every_option_of_training_works_and_a_wrong_one_is_told(capsys):
+    tree = run_json(
+        capsys, *BASE, "--engine", "native", "--precision", "bf16", "--seq_len", "1024", "--vocab_size", "1000"
+    )
+    assert tree["memory"]["engine"] == "native" and tree["memory"]["precision"] == "bf16"
+    assert tree["course"]["tokens_per_step"] == 128 * 1024
+    deep = run_json(capsys, *BASE, "--model.n_layer", "48")["memory"]["components_gb"]
+    assert deep["weights"] > run_json(capsys, *BASE)["memory"]["components_gb"]["weights"] * 1.5
+    assert script.main([*BASE, "--tokns", "1B"]) == 2
+    assert "unknown option --tokns" in capsys.readouterr().err
+
+
+def test_a_size_replaces_the_shape_of_the_config(capsys):
+    options = ["--config", "test", "--gpus", "1", "--tokens", "1B"]
+    assert "125,226,240" not in run(capsys, *options)[1]
+    model = run(capsys, *options, "--model", "125M", "--seq_len", "2048", "--vocab_size", "50257")[1]
+    assert "125,226,240 parameters" in model
+
+
+def test_without_tokens_the_plan_asks_for_them(capsys):
+    assert script.main(["--config", "test", "--gpus", "1"]) == 2
+    assert "Give --tokens 22B" in capsys.readouterr().err
+
+
+def test_the_comparison_has_every_engine_with_and_without_recomputing(capsys):
+    rows = run_json(capsys, *BASE, "--compare")["rows"]
+    assert len(rows) == 6 and {row["engine"] for row in rows} == {"native", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
+    text = run(capsys, *BASE, "--compare")[1]
+    assert "95.3!" in text and "72.00 GB are available" in text
+    assert max(len(line) for line in text.splitlines()[:9]) <= 80
+
+
+def test_the_models_are_listed_with_exact_counts(capsys):
+    text = run(capsys, "--models")[1]
+    assert all(f"{count:,}" in text for count in (125_226_240, 1_315_723_264, 7_463_923_712))
+    assert set(run_json(capsys, "--models")) == set(MODEL_SIZES)
+
+
+def test_the_readme_shows_what_the_command_prints(capsys):
+    readme = (Path(script.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert run(capsys, *BASE, "--compare")[1].strip() in readme
