@@ -80,7 +80,8 @@ class Run:
         if self.monitor.problem:
             logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
         name = device_name(self.device)
-        logger.info("engine %s, %s, %d ranks, each on %s", self.engine.name, precision, self.ranks.world_size, name)
+        n_ranks = self.ranks.world_size
+        logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
     def advance(self, progress: Progress, step_s: float, applied: bool) -> None:

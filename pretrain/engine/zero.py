@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def prepare_import(device: torch.device) -> None:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It calls collectives by names that torch has replaced; nothing that a user could mend.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
 def cpu_op_problem() -> str:
@@ -78,10 +81,11 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, settings: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False)
+        backend = "nccl" if device.type == "cuda" else "gloo"
         model.to(device)
         groups = parameter_groups(model.named_parameters(), optim.weight_decay)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):  # it announces its op and its settings on every rank
+            deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_adamw(groups, optim),
