@@ -53,6 +53,11 @@ class LossTracker:
         return self._train[-1][1] if self._train else None
 
     @property
+    def validation_loss(self) -> float | None:
+        """The newest validation loss, of the whole run and not of this process."""
+        return self._validation[-1][1] if self._validation else None
+
+    @property
     def validation_metrics(self) -> dict[str, float | int | str | None]:
         """{source, current_avg_loss, best_avg_loss, steps_since_best, loss_trend}.
 

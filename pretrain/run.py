@@ -156,7 +156,7 @@ class Run:
             "updates_skipped": progress.skipped_updates,
             "first_loss": self.history.first_loss,
             "last_loss": self.history.current_loss,
-            "val_loss": self.val_loss,
+            "val_loss": self.history.validation_loss,
             "unigram_entropy": self.corpus.unigram_entropy,
             "loss_scale": self.loss_scale,
             "tokens_per_second": speed,

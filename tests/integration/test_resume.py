@@ -129,7 +129,7 @@ def test_a_checkpoint_resumes_on_other_ranks_and_another_engine(folder, tmp_path
     ):
         for ended, engine, ranks in ((first.wait(), "deepspeed", 1), (second.wait(), "native", 2)):
             assert ended.code == 0, ended.output
-            assert f"engine {engine}, fp32, {ranks} ranks" in ended.output and "step6-files" in ended.output
+            assert f"engine {engine}, fp32, {ranks} rank" in ended.output and "step6-files" in ended.output
     expected = losses(folder)
     for machine in (one_rank, native):
         assert list(losses(machine)) == list(range(7, 17))

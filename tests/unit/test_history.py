@@ -93,3 +93,13 @@ def test_without_a_validation_the_training_loss_is_averaged_and_said_so():
     metrics = tracker(*([6.0] * 25 + [5.0] * 25)).validation_metrics
     assert metrics["source"] == "training"
     assert (metrics["current_avg_loss"], metrics["loss_trend"]) == (5.0, "improving")
+
+
+def test_the_validation_loss_is_the_newest_one_and_outlives_a_restart():
+    tracker = LossTracker()
+    assert tracker.validation_loss is None
+    tracker.validated(10, 5.0)
+    tracker.validated(20, 4.0)
+    restarted = LossTracker()
+    restarted.restore(tracker.state())
+    assert tracker.validation_loss == restarted.validation_loss == 4.0

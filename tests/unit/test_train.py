@@ -62,9 +62,8 @@ def test_a_checkpoint_is_due_by_files_or_by_steps(every_files, every_steps, file
 
 def guarded(step, skipped_in_a_row, applied, loss):
     config = Config(train=TrainConfig(max_skipped=3))
-    engine = SimpleNamespace(state=lambda: SimpleNamespace(loss_scale=512.0))
     progress = SimpleNamespace(step=step)
-    run = SimpleNamespace(config=config, engine=engine, progress=progress, skipped_in_a_row=skipped_in_a_row)
+    run = SimpleNamespace(config=config, progress=progress, skipped_in_a_row=skipped_in_a_row, loss_scale=512.0)
     train.guard(run, applied, loss)
 
 
