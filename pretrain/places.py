@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from rich.console import Console
 from pretrain.arguments import parse
 from pretrain.catalog import Catalog, Entry
 from pretrain.config import CheckpointConfig, LogConfig, StorageConfig
-from pretrain.errors import CheckpointError
+from pretrain.errors import EXIT_DONE, CheckpointError, TrainerError
 from pretrain.listings import figure_text, print_table, size_text, time_text
 from pretrain.storage import open_store
+
+Report = dict[str, Any]  # what a command found: the object of --json; "passed" or "exit_code" decide how it ends
 
 COLUMNS = ("checkpoint", "step", "loss", "tokens", "files", "size", "committed", "verified", "where", "saved (UTC)")
 FIGURES = ("step", "loss", "tokens", "files", "size")
@@ -47,6 +51,20 @@ def add_place_options(parser: argparse.ArgumentParser) -> None:
         "--url", metavar="URL", help="where they are committed: gs://bucket/prefix or a folder (the bucket is left out)"
     )
     group.add_argument("--logs_dir", metavar="FOLDER", help="folder of the logs (logs)")
+
+
+def run_command(options: argparse.Namespace, script: str) -> int:
+    """Run the command that a tool's parser has put into `options.command`; the exit code."""
+    console = Console(stderr=options.json, highlight=False, emoji=False, markup=False)
+    try:
+        command: Callable[[argparse.Namespace, Place, Console], Report] = options.command
+        found = command(options, open_place(options), console)
+    except TrainerError as error:
+        print(error.line(), file=sys.stderr)
+        return error.exit_code
+    if options.json:
+        print(json.dumps({"name": f"{script} {options.what}", **found}, indent=1))
+    return int(found.get("exit_code", EXIT_DONE if found.get("passed", True) else CheckpointError.exit_code))
 
 
 def open_place(options: argparse.Namespace) -> Place:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -30,33 +29,28 @@ from pretrain.catalog import METADATA_FILE, Entry
 from pretrain.charts import draw_text, save_png
 from pretrain.comparison import WeightChange, by_layer, differing_settings, weight_changes
 from pretrain.curves import saved_curve, with_log
-from pretrain.errors import CheckpointError, ConfigError, TrainerError
+from pretrain.errors import CheckpointError, ConfigError
 from pretrain.leftovers import Leftover, find_leftovers, remove_leftover
 from pretrain.listings import NOTHING, age_text, figure_text, print_fields, print_table, size_text, time_text
-from pretrain.places import Place, add_place_options, check_run, damage, open_place, print_checkpoints
+from pretrain.places import (
+    Place,
+    Report,
+    add_place_options,
+    check_run,
+    damage,
+    print_checkpoints,
+    run_command,
+)
 from pretrain.run_lock import sole_use
 
 CURVES_FILE = "training_metrics.json"
 CHART_ROWS = (14, 8)  # of the loss and of the learning rate, in lines of a terminal
 MAX_CHART_COLUMNS = 110
 
-Report = dict[str, Any]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    options = parse(argv)
-    console = Console(stderr=options.json, highlight=False, emoji=False, markup=False)
-    try:
-        place = open_place(options)
-        command: Callable[[argparse.Namespace, Place, Console], Report] = options.command
-        found = command(options, place, console)
-    except TrainerError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    if options.json:
-        print(json.dumps({"name": f"checkpoint_viewer {options.what}", **found}, indent=1))
-    return 0 if found.get("passed", True) else CheckpointError.exit_code
+    return run_command(parse(argv), "checkpoint_viewer")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

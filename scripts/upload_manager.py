@@ -14,7 +14,6 @@ or damaged, or a run in use.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,28 +22,23 @@ from typing import Any
 from rich.console import Console
 
 from pretrain.catalog import Entry
-from pretrain.errors import CheckpointError, TrainerError
+from pretrain.errors import TrainerError
 from pretrain.listings import print_table, size_text
-from pretrain.places import Place, add_place_options, check_run, damage, open_place, print_checkpoints
+from pretrain.places import (
+    Place,
+    Report,
+    add_place_options,
+    check_run,
+    damage,
+    print_checkpoints,
+    run_command,
+)
 from pretrain.shipping import bucket_of, download, upload, waiting
-
-Report = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    options = parse(argv)
-    console = Console(stderr=options.json, highlight=False, emoji=False, markup=False)
-    try:
-        place = open_place(options)
-        command: Callable[[argparse.Namespace, Place, Console], Report] = options.command
-        found = command(options, place, console)
-    except TrainerError as error:
-        print(error.line(), file=sys.stderr)
-        return error.exit_code
-    if options.json:
-        print(json.dumps({"name": f"upload_manager {options.what}", **found}, indent=1))
-    return int(found.get("exit_code", 0 if found.get("passed", True) else CheckpointError.exit_code))
+    return run_command(parse(argv), "upload_manager")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
