@@ -92,7 +92,7 @@ def _pass_on_signals() -> Iterator[list[int]]:
     received: list[int] = []
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    thread = threading.Thread(target=_forward, args=(reader, received), daemon=True)
+    thread = threading.Thread(target=_forward, args=(reader, received, set(psutil.Process().children())), daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(writer.fileno())
     handlers = {signum: signal.signal(signum, lambda _signum, _frame: None) for signum in FORWARDED}
@@ -107,14 +107,14 @@ def _pass_on_signals() -> Iterator[list[int]]:
         reader.close()
 
 
-def _forward(signals: socket.socket, received: list[int]) -> None:
-    """Pass on each signal number that comes down the pipe, until it is closed."""
+def _forward(signals: socket.socket, received: list[int], others: set[psutil.Process]) -> None:
+    """Pass on each signal number that comes down the pipe, until it is closed; `others` are children but no workers."""
     while number := signals.recv(1):
         signum = number[0]
         if signum not in FORWARDED:
             continue
         received.append(signum)
-        workers = psutil.Process().children()
+        workers = set(psutil.Process().children()) - others
         if not workers:  # still waiting for the other nodes
             os._exit(EXIT_STOPPED)
         for worker in workers:

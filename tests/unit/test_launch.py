@@ -141,3 +141,11 @@ def _failure(code: int):
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=code, error_file="")
     failure.timestamp = 1_000
     return failure
+
+
+def test_a_signal_reaches_the_workers_and_no_other_child(run, tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert run(STOPPED_BY.replace("SIGNAL", "SIGTERM"), str(tmp_path)) == 75
+        assert other.poll() is None
+        other.communicate(b"\n", timeout=10)
+    assert other.returncode == 0
