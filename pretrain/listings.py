@@ -12,6 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 NOTHING = "–"
+STYLES = {"yes": "bold green", "NO": "bold red"}
+
+Row = tuple[str, str, str]  # label, value, note
 
 
 def print_table(
@@ -53,6 +56,24 @@ def print_fields(title: str, fields: Mapping[str, str], console: Console) -> Non
     console.print(Text(title, style="bold"), soft_wrap=True)
     for name, value in fields.items():
         console.print(f"  {name:<{width}}  {value}", markup=False, soft_wrap=True)
+
+
+def show_rows(console: Console, title: str, rows: Sequence[Row]) -> None:
+    """A block of labels, values and notes. The value "yes" is green, "NO" is red."""
+    if not console.is_terminal:
+        label_width, value_width = (max(len(row[column]) for row in rows) for column in (0, 1))
+        lines = [f"  {label:<{label_width}}  {value:<{value_width}}  {note}".rstrip() for label, value, note in rows]
+        for line in [title, *lines, ""]:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True, min_width=26)
+    table.add_column(min_width=14)
+    table.add_column(style="dim")
+    for label, value, note in rows:
+        table.add_row(f"  {label}", Text(value, style=STYLES.get(value, "bold")), Text(note))
+    console.print(table)
+    console.print()
 
 
 def size_text(n_bytes: float) -> str:

@@ -24,10 +24,9 @@ from pretrain.arguments import parse
 from pretrain.config import MODEL_SIZES, Config, ModelConfig
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.gpus import CARDS
-from pretrain.listings import print_table
+from pretrain.listings import Row, print_table, show_rows
 from pretrain.memory import COMPONENTS, Setup, Sharding
 from pretrain.plan import GB, Budget, Gpu, Speed
-from pretrain.tables import Row, show_rows
 
 EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2
 # option: the field of train.py that it sets

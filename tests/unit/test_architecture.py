@@ -40,7 +40,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         {"base", "storage", "ranks", "engine"},
     ),
     "metrics": (
-        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "listings", "tables"},
+        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "listings"},
         {"base", "storage"},
     ),
     "plan": ({"memory", "plan"}, {"base", "engine"}),
