@@ -1,14 +1,16 @@
 """The GPT, from token ids to loss.
 
-    tokens -> token + position embedding -> n_layer x Block -> LayerNorm -> logits over the vocabulary
-    Block:   x + Attention(LayerNorm(x)), then x + FeedForward(LayerNorm(x))
+    tokens -> token (+ position) embedding -> n_layer x Block -> norm -> logits over the vocabulary
+    Block:   x + Attention(norm(x)), then x + FeedForward(norm(x)); or both at once on the same input
 
-Weights, numerics and initialisation are GPT-2's: learned positions, LayerNorm before each branch, tanh GELU, and an
-output head that shares the token embedding's weight. Sizes: B batch, T tokens in a sequence, D = d_model / n_head.
+One model whose config spans the families: GPT-2 and OPT (learned positions, LayerNorm), GPT-NeoX (partial RoPE,
+parallel residual), Llama (RoPE, RMSNorm, SwiGLU, grouped key heads) and Qwen3 (and QK-norm). The names and shapes of
+the parameters are `pretrain.model_config.parameter_shapes`. Sizes below: B batch, T tokens, D width of a head.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -16,16 +18,18 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
-    from pretrain.config import ModelConfig
+    from pretrain.kv_cache import KVCache
+    from pretrain.model_config import ModelConfig
 
 INIT_STD = 0.02
-LAYER_NORM_EPS = 1e-5
 
-# A kernel maps (query, key, value, dropout probability) to causal attention; all tensors are (B, T, n_head, D).
+# A kernel maps (query, key, value, dropout probability) to causal attention: query (B, T, n_head, D), key and value
+# (B, T, n_kv_head, D), result like query.
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE, each fp32 (T, 1, rotary_dim) or (B, T, 1, rotary_dim)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -38,12 +42,16 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Torch's own; it picks its cuDNN, Flash or memory-efficient kernel by device, dtype and shape."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, D)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True).transpose(1, 2)
+    grouped = q.size(2) != k.size(2)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+    return y.transpose(1, 2)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     """Plain matrix products: runs everywhere, and keeps (B, n_head, T, T) scores in memory."""
+    shared_by = q.size(2) // k.size(2)
+    k, v = k.repeat_interleave(shared_by, 2), v.repeat_interleave(shared_by, 2)  # (B, T, n_head, D)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, D)
     T = q.size(-2)
     # scaled before the product, so that fp16 scores stay far from its limit of 65504
@@ -54,56 +62,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 KERNELS: dict[str, AttentionKernel] = {"flash": flash_attention, "sdpa": sdpa_attention, "plain": plain_attention}
-KERNEL_TITLES = {"flash": "the FlashAttention package", "sdpa": "torch's fused attention", "plain": "plain matrices"}
-
-
-def choose_attention(requested: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> tuple[str, str]:
-    """The attention kernel for this machine, tried out on it and not guessed from what is installed.
-
-    Args:
-        requested: "flash", "sdpa" or "plain"; "auto" takes the first of them, in this order, that runs.
-        device: where the model will train.
-        dtype: dtype of queries, keys and values: the compute precision.
-        head_dim: d_model / n_head.
-
-    Returns:
-        The kernel's name for `GPT`, and the reason in words for the log.
-
-    Raises:
-        ValueError: the requested kernel can't run here, and why; or there is no kernel of that name.
-    """
-    if requested != "auto":
-        if obstacle := _obstacle(requested, device, dtype, head_dim):
-            raise ValueError(f"attention kernel {requested!r} can't run on {device}: {obstacle}")
-        return requested, f"{KERNEL_TITLES[requested]}, as requested"
-    passed_over = ""
-    for name in KERNELS:
-        obstacle = _obstacle(name, device, dtype, head_dim)
-        if not obstacle:
-            return name, f"{KERNEL_TITLES[name]}{passed_over}"
-        passed_over += f"; {KERNEL_TITLES[name]} can't run: {obstacle}"
-    raise ValueError(f"no attention kernel runs on {device}{passed_over}")
-
-
-def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Why the kernel can't train here, or ''. Found by a tiny forward and backward pass against plain attention."""
-    if name not in KERNELS:
-        return f"there is no such kernel, only {', '.join(KERNELS)}"
-    if name == "flash" and (device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16)):
-        return f"it takes fp16 and bf16 on CUDA only, not {str(dtype).removeprefix('torch.')} on {device.type}"
-    # not random numbers: the probe must leave the seeded generators where they were
-    wave = torch.linspace(-40, 40, 3 * 16 * head_dim, device=device).sin().to(dtype)
-    qkv = wave.view(3, 1, 16, 1, head_dim).requires_grad_()
-    q, k, v = qkv.unbind(0)  # each (B = 1, T = 16, n_head = 1, D)
-    try:
-        y = KERNELS[name](q, k, v, 0.0)
-        (gradient,) = torch.autograd.grad(y.float().square().sum(), qkv, retain_graph=True)
-    except (ImportError, OSError, RuntimeError) as error:
-        return str(error).strip().partition("\n")[0] or type(error).__name__
-    expected = plain_attention(q, k, v, 0.0)
-    (expected_gradient,) = torch.autograd.grad(expected.float().square().sum(), qkv)
-    close = torch.allclose(y, expected, atol=0.05) and torch.allclose(gradient, expected_gradient, atol=0.1)
-    return "" if close else "it runs, but its results are wrong"
 
 
 class Linear(nn.Linear):
@@ -121,57 +79,110 @@ class Embedding(nn.Embedding):
 
 
 class Attention(nn.Module):
-    """Causal self-attention over n_head heads."""
+    """Causal self-attention of n_head heads over n_kv_head keys and values."""
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys and values
+        self.head_dim = config.head_dim
         self.dropout = config.dropout
         self.kernel = kernel
-        self.qkv = Linear(config.d_model, 3 * config.d_model)
-        self.proj = Linear(config.d_model, config.d_model)
+        self.layer = layer
+        self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=bool(config.bias))
+        self.proj = Linear(config.n_head * config.head_dim, config.d_model, bias=bool(config.bias))
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.qk_norm = config.qk_norm
         self.resid_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, n_head, D)
-        y = self.kernel(q, k, v, self.dropout if self.training else 0.0)  # (B, T, n_head, D)
+        q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, 2)  # each (B, T, heads, D)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        if cache is not None:
+            y = cache.attend(self.layer, q, k, v)
+        else:
+            y = self.kernel(q, k, v, self.dropout if self.training else 0.0)  # (B, T, n_head, D)
         out: Tensor = self.resid_drop(self.proj(y.flatten(2)))  # (B, T, d_model)
         return out
 
 
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """RoPE (Su et al. 2021) on the first rotary_dim numbers of each head, in halves as GPT-NeoX and Llama pair them."""
+    cos, sin = rotation[0].type_as(x), rotation[1].type_as(x)
+    turned, kept = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], -1)
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-second, first), -1) * sin
+    return torch.cat((turned, kept), -1) if kept.size(-1) else turned
+
+
 class FeedForward(nn.Module):
-    """Up to d_ff, GELU, and down again."""
+    """Up to d_ff, the non-linearity (SwiGLU with a gate of its own: Shazeer 2020), and down again."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up = Linear(config.d_model, config.d_ff)
-        self.down = Linear(config.d_ff, config.d_model)
+        bias = bool(config.bias)
+        self.activation = config.activation
+        if config.activation == "swiglu":
+            self.gate = Linear(config.d_model, config.d_ff, bias=bias)
+        self.up = Linear(config.d_model, config.d_ff, bias=bias)
+        self.down = Linear(config.d_ff, config.d_model, bias=bias)
         self.resid_drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
-        x = F.gelu(self.up(x), approximate="tanh")  # (B, T, d_ff)
+        if self.activation == "swiglu":
+            x = F.silu(self.gate(x)) * self.up(x)  # (B, T, d_ff)
+        elif self.activation == "relu":
+            x = F.relu(self.up(x))
+        else:
+            x = F.gelu(self.up(x), approximate="tanh" if self.activation == "gelu_tanh" else "none")
         out: Tensor = self.resid_drop(self.down(x))  # (B, T, d_model)
         return out
 
 
-class Block(nn.Module):
-    """Attention, then feed-forward; each reads a normalised copy of the residual stream and adds to it."""
+def build_norm(config: ModelConfig) -> nn.Module:
+    """The normalisation of the residual stream."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=bool(config.bias))
 
-    def __init__(self, config: ModelConfig, kernel: AttentionKernel) -> None:
+
+class Block(nn.Module):
+    """Attention and feed-forward; each reads a normalised copy of the residual stream and adds to it."""
+
+    def __init__(self, config: ModelConfig, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
-        self.attn = Attention(config, kernel)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
+        self.parallel = config.parallel_residual
+        self.ln_1 = build_norm(config)
+        self.attn = Attention(config, kernel, layer)
+        self.ln_2 = build_norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
-        x = x + self.attn(self.ln_1(x))
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        attended = self.attn(self.ln_1(x), rotation, cache)
+        if self.parallel:
+            return x + attended + self.mlp(self.ln_2(x))
+        x = x + attended
+        return x + self.mlp(self.ln_2(x))
+
+
+EXPENSIVE = (
+    # what selective activation checkpointing keeps: the matrix products and attention
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+)
+selective = functools.partial(create_selective_checkpoint_contexts, list(EXPENSIVE))
 
 
 class GPT(nn.Module):
@@ -179,17 +190,20 @@ class GPT(nn.Module):
 
     Args:
         config: a resolved ModelConfig.
-        attention: name of the kernel, as `choose_attention` returns it.
+        attention: name of the kernel, as `pretrain.kernels.choose_attention` returns it.
     """
 
     def __init__(self, config: ModelConfig, attention: str = "sdpa") -> None:
         super().__init__()
         self.config = config
         self.tok_emb = Embedding(config.padded_vocab_size, config.d_model)
-        self.pos_emb = Embedding(config.seq_len, config.d_model)
+        if config.position == "learned":
+            self.pos_emb = Embedding(config.seq_len, config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, KERNELS[attention]) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
+        self.blocks = nn.ModuleList(Block(config, KERNELS[attention], layer) for layer in range(config.n_layer))
+        self.ln_f = build_norm(config)
+        if not config.tie_embeddings:
+            self.head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.init_weights()
 
     @torch.no_grad()
@@ -197,72 +211,109 @@ class GPT(nn.Module):
         """GPT-2's: N(0, 0.02), biases 0; what writes to the residual stream is scaled down by its 2·n_layer writers."""
         residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
         for name, module in self.named_modules():
-            if isinstance(module, nn.LayerNorm):
+            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
                 module.reset_parameters()  # weight 1, bias 0
             elif isinstance(module, (nn.Linear, nn.Embedding)):
                 writes_to_residual = name.endswith((".attn.proj", ".mlp.down"))
                 nn.init.normal_(module.weight, std=residual_std if writes_to_residual else INIT_STD)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
         self.tok_emb.weight[self.config.vocab_size :].zero_()
+        self.head_weight[self.config.vocab_size :].zero_()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the output head (padded_vocab_size, d_model): the token embedding's where they are tied."""
+        return self.tok_emb.weight if self.config.tie_embeddings else self.head.weight
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
         """The loss of `targets`, or without them the logits.
 
         Args:
-            tokens: int64 (B, T), T at most `seq_len`.
+            tokens: int64 (B, T); with what the cache holds, at most `seq_len` of them.
             targets: int64 (B, T), the token that follows each one.
+            cache: of the tokens before these; it takes these in. For evaluation only: without dropout or gradients.
 
         Returns:
             With targets their mean cross entropy in nats per token, an fp32 scalar whatever the compute dtype; without,
             the logits (B, T, vocab_size) in the compute dtype.
 
         Raises:
-            ValueError: the sequence is longer than the model has positions.
+            ValueError: the sequence is longer than the model's context.
         """
-        length, limit = tokens.size(1), self.config.seq_len
-        if length > limit:
-            raise ValueError(f"a sequence of {length} tokens is longer than the model's seq_len of {limit}")
-        positions = torch.arange(length, device=tokens.device)  # (T)
-        x = self.drop(self.tok_emb(tokens) + self.pos_emb(positions))  # (B, T, d_model)
+        length, seen = tokens.size(1), cache.length if cache is not None else 0
+        limit = self.config.seq_len
+        if seen + length > limit:
+            raise ValueError(f"a sequence of {seen + length} tokens is longer than the model's seq_len of {limit}")
+        # (length) or (B, length)
+        positions = torch.arange(length, device=tokens.device) if cache is None else cache.positions(length)
+        x = self.tok_emb(tokens)  # (B, T, d_model)
+        if self.config.position == "learned":
+            x = x + self.pos_emb(positions)
+        rotation = self._rotation(positions) if self.config.position == "rope" else None
+        x = self.drop(x)
         for block in self.blocks:
-            x = self._recomputed(block, x) if self._recomputes() else block(x)  # (B, T, d_model)
-        # The head is the token embedding. Its padding is cut off here: no probability, and so no gradient.
-        logits = F.linear(self.ln_f(x), self.tok_emb.weight)[..., : self.config.vocab_size]  # (B, T, vocab_size)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+            x = self._recomputed(block, x, rotation) if self._recomputes() else block(x, rotation, cache)
+        if cache is not None:
+            cache.length += length
+        x = self.ln_f(x)  # (B, T, d_model)
+        return self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
+
+    def _rotation(self, positions: Tensor) -> Rotation:
+        """RoPE's cosines and sines; made anew each time, because a buffer would be rounded with the weights."""
+        half = self.config.rotary_dim // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
+        angles = positions[..., None].float() * self.config.rope_theta**-exponents  # (…, T, half)
+        angles = torch.cat((angles, angles), -1)[..., None, :]  # (…, T, 1, rotary_dim)
+        return angles.cos(), angles.sin()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(…, d_model) to (…, vocab_size). The head's padding is cut off: no probability, and so no gradient."""
+        return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+
+    def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy of (n, d_model) and (n); of several chunks, each computes its logits twice."""
+        if self.config.loss_chunks == 1:
+            return F.cross_entropy(self._logits(x).float(), targets)
+
+        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
+
+        chunks = zip(x.chunk(self.config.loss_chunks), targets.chunk(self.config.loss_chunks), strict=True)
+        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+        return torch.stack(losses).sum() / len(targets)
 
     def _recomputes(self) -> bool:
         """Whether blocks forget their activations in this forward pass: only where a backward pass will follow."""
-        return self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        return self.config.activation_checkpointing != "none" and self.training and torch.is_grad_enabled()
 
-    def _recomputed(self, block: nn.Module, x: Tensor) -> Tensor:
-        """Run a block that keeps its input only. Dropout falls the same in both runs: the generator is put back."""
+    def _recomputed(self, block: nn.Module, x: Tensor, rotation: Rotation | None) -> Tensor:
+        """Run a block that keeps its input, or that and its matrix products. Dropout falls the same in both runs."""
         keep_rng = self.config.dropout > 0  # without dropout the copies of its state would be for nothing
-        y: Tensor = checkpoint(block, x, use_reentrant=False, preserve_rng_state=keep_rng)
+        options = {"context_fn": selective} if self.config.activation_checkpointing == "selective" else {}
+        y: Tensor = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng, **options)
         return y
 
     def n_parameters(self) -> int:
-        """Exact number of parameters: the vocabulary's padding not counted, the tied head counted once."""
+        """Exact number of parameters: the vocabulary's padding not counted, a tied head counted once."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model
-        return sum(parameter.numel() for parameter in self.parameters()) - padding
+        tables = 1 if self.config.tie_embeddings else 2
+        return sum(parameter.numel() for parameter in self.parameters()) - padding * tables
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of training on one token, 6·N + 12·n_layer·d_model·seq_len (PaLM, appendix B).
+    """Model FLOPs of training on one token, 6·N + 12·n_layer·n_head·D·seq_len (PaLM, appendix B).
 
-    N counts the weights that multiply every token: the four matrices of each block (qkv, proj, up, down), and the tied
-    embedding once, for its work as the output head. Not in it: the look-ups of tokens and positions, biases,
-    LayerNorms, and the padding of the vocabulary. 6 is a multiply and an add, once forward and twice backward.
-    Attention counts the whole T × T square, as nanoGPT and PaLM do, although the causal half would be enough; what
-    activation checkpointing computes twice counts once. So MFU compares with what others publish.
+    N counts the weights that multiply every token: the matrices of each block, and the output head, tied or not. Not in
+    it: the look-ups of tokens and positions, biases, norms, RoPE, and the padding of the vocabulary. 6 is a multiply
+    and an add, once forward and twice backward. Attention counts the whole T × T square, as nanoGPT and PaLM do,
+    although the causal half would be enough; what activation checkpointing computes twice counts once. So MFU compares
+    with what others publish.
 
     Args:
         config: a resolved ModelConfig.
         seq_len: tokens in a training sequence.
     """
-    per_block = 4 * config.d_model**2 + 2 * config.d_model * config.d_ff
-    n_matmul = config.n_layer * per_block + config.vocab_size * config.d_model
-    return 6.0 * n_matmul + 12.0 * config.n_layer * config.d_model * seq_len
+    attention = 12.0 * config.n_layer * config.n_head * config.head_dim * seq_len
+    return 6.0 * config.n_matmul_parameters + attention

@@ -142,8 +142,9 @@ def build_model(config: Config, device: torch.device) -> torch.nn.Module:
     """The model on the device, with the same initial weights on every rank."""
     import torch
 
-    from model import GPT, choose_attention
+    from model import GPT
     from pretrain.engine.base import PRECISION_DTYPES
+    from pretrain.kernels import choose_attention
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
@@ -151,13 +152,15 @@ def build_model(config: Config, device: torch.device) -> torch.nn.Module:
     shape = config.model
     dtype = PRECISION_DTYPES[config.train.precision]
     try:
-        attention, reason = choose_attention(shape.attention, device, dtype, shape.d_model // shape.n_head)
+        attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
     torch.manual_seed(config.run.seed)
     model = GPT(shape, attention).to(device)
-    logger.info("model %s: %s parameters; attention by %s", shape.size, f"{model.n_parameters():,}", reason)
-    if shape.compile:
+    logger.info(
+        "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
+    )
+    if config.train.compile:
         model.compile()
     return model
 

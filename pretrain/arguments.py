@@ -18,7 +18,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from pretrain.config import Config, validate
+from pretrain.config import Config
+from pretrain.config_checks import validate
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
 
@@ -30,6 +31,7 @@ ALIASES: dict[str, str] = {
     "--run": "run.name",
     "--run-name": "run.name",  # torchrun takes --run for its own --run-path
     "--seed": "run.seed",
+    "--family": "model.family",
     "--model_size": "model.size",
     "--data": "data.source",
     "--max-files": "data.max_files",
@@ -49,7 +51,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--wandb": ("log.wandb", True),
     "--no-wandb": ("log.wandb", False),
     "--deterministic": ("train.deterministic", True),
-    "--compile": ("model.compile", True),
+    "--compile": ("train.compile", True),
 }
 PRECISION_SYNONYMS = {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 

@@ -6,23 +6,11 @@ its own section, never the whole tree. How the command line and YAML become this
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-MODEL_SIZES: dict[str, tuple[int, int, int]] = {
-    # alias: (n_layer, n_head, d_model); d_ff is 4 × d_model
-    "125M": (12, 12, 768),
-    "350M": (24, 16, 1024),
-    "760M": (24, 16, 1536),
-    "1.2B": (24, 16, 2048),
-    "1.3B": (24, 16, 2048),
-    "3B": (32, 20, 2560),
-    "7B": (32, 32, 4096),
-    "8B": (36, 32, 4096),
-}
-VOCAB_MULTIPLE = 128  # tensor cores want a vocabulary divisible by this; the padding rows never get a probability
+from pretrain.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -33,60 +21,6 @@ class RunConfig:
     """Name of the run: its folder in logs, in checkpoints and in the bucket. Empty: the name of the config file."""
     seed: int = 1234
     """Seed of the initial weights, of the data order and of dropout."""
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the model. 0 means: taken from `size`."""
-
-    size: str = "1.2B"
-    """Alias of a shape: 125M, 350M, 760M, 1.2B, 1.3B, 3B, 7B, 8B. A field below overrides its part of it."""
-    n_layer: int = 0
-    """Number of blocks."""
-    n_head: int = 0
-    """Number of attention heads."""
-    d_model: int = 0
-    """Width of the residual stream."""
-    d_ff: int = 0
-    """Width of the feed-forward layer; 4 × d_model where it is 0 and the size doesn't say."""
-    vocab_size: int = 50257
-    """Number of token ids of the tokenizer."""
-    seq_len: int = 2048
-    """Tokens in a training sequence, and number of learned positions."""
-    dropout: float = 0.1
-    """Dropout probability on embeddings, attention and residual branches."""
-    attention: Literal["auto", "flash", "sdpa", "plain"] = "auto"
-    """Attention kernel: the FlashAttention package, torch's fused kernels, or plain matrices; auto takes the best."""
-    activation_checkpointing: bool = False
-    """Recompute each block in the backward pass instead of keeping its activations."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
-
-    def resolve(self) -> ModelConfig:
-        """This config with every 0 replaced by what its `size` gives; an unknown size leaves 0, for validate()."""
-        n_layer, n_head, d_model = MODEL_SIZES.get(self.size, (0, 0, 0))
-        d_model = self.d_model or d_model
-        return dataclasses.replace(
-            self,
-            n_layer=self.n_layer or n_layer,
-            n_head=self.n_head or n_head,
-            d_model=d_model,
-            d_ff=self.d_ff or 4 * d_model,
-        )
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """`vocab_size` rounded up to a multiple of 128: the rows the embedding really has."""
-        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-    @property
-    def n_parameters(self) -> int:
-        """Exact number of parameters of the resolved shape: the vocabulary not padded, the tied head once."""
-        attention = 4 * self.d_model**2 + 4 * self.d_model
-        feed_forward = 2 * self.d_model * self.d_ff + self.d_ff + self.d_model
-        norms = 4 * self.d_model
-        embeddings = (self.vocab_size + self.seq_len) * self.d_model
-        return embeddings + self.n_layer * (attention + feed_forward + norms) + 2 * self.d_model
 
 
 @dataclass(frozen=True)
@@ -161,6 +95,8 @@ class TrainConfig:
     """Passes over the shards where neither steps nor tokens are given."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Compute precision. Master weights and optimizer state are fp32 always; fp16 scales the loss dynamically."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
     deterministic: bool = False
     """Only deterministic kernels, where torch has them: slower, bit for bit repeatable on a GPU too."""
     eval_interval: int = 0
@@ -168,7 +104,19 @@ class TrainConfig:
     eval_sequences: int = 64
     """Validation sequences of `model.seq_len` tokens in one validation."""
     max_skipped: int = 100
-    """Stop (exit 6) after so many updates in a row were skipped because they were not finite."""
+    """Updates in a row that may be skipped because they were not finite, before the run goes back to its last good
+    checkpoint."""
+    max_rollbacks: int = 2
+    """Times that a run goes back to its last good checkpoint and passes over the data that made it diverge; then it
+    stops (exit 6)."""
+    spike_threshold: float = 0.0
+    """Robust z-score of the loss above which it counts as a spike and the run goes back, as after `max_skipped`; 0:
+    spikes are left alone. 8 or more is a sensible value."""
+    spike_window: int = 64
+    """Steps before it that a loss is compared with."""
+    hang_timeout_s: float = 1800.0
+    """Seconds without a step after which a rank writes the stacks of its threads to the log and ends, for the
+    supervisor to start again; 0: it waits for ever."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
 
@@ -205,6 +153,12 @@ class CheckpointConfig:
     """auto: go on from the newest verified checkpoint, or start where there never was one; NAME: from that one."""
     background_upload: bool = True
     """Upload behind the training; false: training waits for each upload."""
+    when_busy: Literal["wait", "skip"] = "wait"
+    """A save that falls due while the one before is still being written: training waits, or this one is left out."""
+    archive: Literal["none", "tar", "tar.gz", "tar.zst"] = "none"
+    """Files of a checkpoint in the bucket: as they are, in parallel, or packed into one archive."""
+    max_waiting: int = 5
+    """Checkpoints kept here that could not be uploaded yet; beyond, the oldest go, but never the newest or the best."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +187,10 @@ class LogConfig:
     """Write TensorBoard event files."""
     wandb: bool = False
     """Log to Weights & Biases; offline where no API key is set."""
+    sample_prompt: str = ""
+    """Text that the model continues at every validation, shown and logged; empty: no samples."""
+    sample_tokens: int = 64
+    """Tokens of a sample."""
     wandb_project: str = "refocused-gpt"
     """Project on Weights & Biases."""
     version_check: bool = True
@@ -270,80 +228,3 @@ class Config:
         if self.train.max_tokens:
             return self.train.max_tokens // self.tokens_per_step
         return math.ceil(self.train.epochs * windows_per_epoch / self.batch.global_size)
-
-
-def validate(config: Config, world_size: int) -> list[str]:
-    """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    return [*_model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
-
-
-def _model_problems(model: ModelConfig) -> list[str]:
-    problems = []
-    if model.size not in MODEL_SIZES:
-        explicit = model.n_layer and model.n_head and model.d_model
-        if model.size != "custom" or not explicit:
-            known = ", ".join(MODEL_SIZES)
-            problems.append(
-                f"model.size is {model.size!r}; known are {known}, or 'custom' with n_layer, n_head and d_model given"
-            )
-            return problems
-    if model.d_model % model.n_head:
-        problems.append(f"model.d_model {model.d_model} is not divisible by model.n_head {model.n_head}")
-    return problems
-
-
-def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:
-    if batch.global_size < 1 or batch.micro_size < 1:
-        return [f"batch.global_size {batch.global_size} and batch.micro_size {batch.micro_size} must be at least 1"]
-    per_pass = batch.micro_size * world_size
-    if batch.global_size % per_pass:
-        fits = [m for m in range(1, batch.global_size + 1) if batch.global_size % (m * world_size) == 0]
-        mend = (
-            f"set batch.micro_size to one of {fits}"
-            if fits
-            else f"set batch.global_size to a multiple of the {world_size} ranks"
-        )
-        return [
-            f"batch.global_size {batch.global_size} is not divisible by micro_size {batch.micro_size} "
-            f"× {world_size} ranks = {per_pass}: {mend}"
-        ]
-    return []
-
-
-def _range_problems(config: Config) -> list[str]:
-    """Fields outside the range in which they mean something."""
-    c = config
-    rules = [
-        (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
-        (not 2 <= c.model.vocab_size <= 2**32, f"model.vocab_size {c.model.vocab_size} must be in [2, 2**32]"),
-        (c.model.seq_len < 1, f"model.seq_len {c.model.seq_len} must be at least 1"),
-        (min(c.model.n_layer, c.model.n_head, c.model.d_model, c.model.d_ff) < 0, "model sizes must not be negative"),
-        (not 0 <= c.model.dropout < 1, f"model.dropout {c.model.dropout} must be in [0, 1)"),
-        (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
-        (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
-        (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
-        (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
-        (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
-        (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),
-        (not all(0 <= b < 1 for b in c.optim.betas), f"optim.betas {c.optim.betas} must be in [0, 1)"),
-        (c.optim.weight_decay < 0, f"optim.weight_decay {c.optim.weight_decay} must not be negative"),
-        (c.optim.clip < 0, f"optim.clip {c.optim.clip} must not be negative"),
-        (min(c.train.max_steps, c.train.max_tokens) < 0, "train.max_steps and train.max_tokens must not be negative"),
-        (c.train.epochs <= 0, f"train.epochs {c.train.epochs} must be positive"),
-        (c.train.eval_interval < 0, f"train.eval_interval {c.train.eval_interval} must not be negative"),
-        (c.train.eval_sequences < 1, f"train.eval_sequences {c.train.eval_sequences} must be at least 1"),
-        (c.train.max_skipped < 1, f"train.max_skipped {c.train.max_skipped} must be at least 1"),
-        (c.train.timeout_minutes < 1, f"train.timeout_minutes {c.train.timeout_minutes} must be at least 1"),
-        (c.engine.initial_loss_scale < 1, f"engine.initial_loss_scale {c.engine.initial_loss_scale} must be ≥ 1"),
-        (c.engine.loss_scale_window < 1, f"engine.loss_scale_window {c.engine.loss_scale_window} must be at least 1"),
-        (c.checkpoint.every_files < 0, f"checkpoint.every_files {c.checkpoint.every_files} must not be negative"),
-        (c.checkpoint.every_steps < 0, f"checkpoint.every_steps {c.checkpoint.every_steps} must not be negative"),
-        (c.checkpoint.keep < 0, f"checkpoint.keep {c.checkpoint.keep} must not be negative"),
-        (c.storage.deadline_s <= 0, f"storage.deadline_s {c.storage.deadline_s} must be positive"),
-        (c.storage.max_backoff_s <= 0, f"storage.max_backoff_s {c.storage.max_backoff_s} must be positive"),
-        (c.storage.timeout_s <= 0, f"storage.timeout_s {c.storage.timeout_s} must be positive"),
-        (c.storage.upload_workers < 1, f"storage.upload_workers {c.storage.upload_workers} must be at least 1"),
-        (c.log.interval < 1, f"log.interval {c.log.interval} must be at least 1"),
-        ("/" in c.run.name or c.run.name.startswith("."), f"run.name {c.run.name!r} must be a plain folder name"),
-    ]
-    return [problem for broken, problem in rules if broken]

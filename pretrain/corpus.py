@@ -9,9 +9,10 @@ import numpy as np
 
 from pretrain import log
 from pretrain.batches import Batches, validation_batches
-from pretrain.config import DataConfig, ModelConfig, StorageConfig
+from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import ShardError
 from pretrain.manifest import TOKENIZER_NAME
+from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
 from pretrain.shards import ShardSet, fetch_shards

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pretrain.config import BatchConfig, ModelConfig
+from pretrain.config import BatchConfig
+from pretrain.model_config import ModelConfig
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32_BYTES = 4

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain import memory
-from pretrain.config import BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
 from pretrain.gpus import CARDS, PEAK_FLOPS, expected_mfu
 from pretrain.memory import Moment, Setup, Sharding
+from pretrain.model_config import ModelConfig
 
 GB = 1e9
 CHINCHILLA_RATIO = 20  # tokens a parameter, arXiv 2203.15556

@@ -21,11 +21,12 @@ from rich.console import Console
 
 from pretrain import memory, plan
 from pretrain.arguments import parse
-from pretrain.config import MODEL_SIZES, Config, ModelConfig
+from pretrain.config import Config
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.gpus import CARDS
 from pretrain.listings import Row, print_table, show_rows
 from pretrain.memory import COMPONENTS, Setup, Sharding
+from pretrain.model_config import MODEL_SIZES, ModelConfig
 from pretrain.plan import GB, Budget, Gpu, Speed
 
 EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2

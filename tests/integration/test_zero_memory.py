@@ -16,7 +16,8 @@ MEASURE = """
 import gc
 from torch.profiler import ProfilerActivity, profile
 from pretrain import memory, plan
-from pretrain.config import BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
+from pretrain.model_config import ModelConfig
 from pretrain.engine import zero
 from pretrain.engine.ds_settings import deepspeed_settings
 from model import GPT

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pretrain import budget, plan
-from pretrain.config import BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.errors import ConfigError
+from pretrain.model_config import ModelConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

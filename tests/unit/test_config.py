@@ -4,17 +4,9 @@ import dataclasses
 
 import pytest
 
-from pretrain.config import (
-    MODEL_SIZES,
-    BatchConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    validate,
-)
+from pretrain.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.config_checks import validate
+from pretrain.model_config import MODEL_SIZES, ModelConfig
 
 COUNTS = {
     "125M": 125_226_240,

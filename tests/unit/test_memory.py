@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from pretrain import memory
-from pretrain.config import BatchConfig, ModelConfig
+from pretrain.config import BatchConfig
 from pretrain.engine import native
 from pretrain.memory import Setup, Sharding
+from pretrain.model_config import ModelConfig
 from tests.memory_count import count_peak
 
 TOLERANCE = 0.02  # promised are 7 %

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, KERNELS, choose_attention, flops_per_token
-from pretrain.config import MODEL_SIZES, ModelConfig
+from model import GPT, KERNELS, flops_per_token
+from pretrain.kernels import choose_attention
+from pretrain.model_config import MODEL_SIZES, ModelConfig
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(

@@ -8,9 +8,10 @@ import pytest
 
 import model as model_module
 from pretrain import plan
-from pretrain.config import MODEL_SIZES, BatchConfig, EngineConfig, ModelConfig, OptimConfig
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.errors import ConfigError
 from pretrain.memory import Setup
+from pretrain.model_config import MODEL_SIZES, ModelConfig
 from scripts import plan as script
 
 H100 = plan.Gpu.named("h100-80gb")

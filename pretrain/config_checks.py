@@ -1,0 +1,70 @@
+"""All that is wrong with a config and can be known without torch, a GPU or a bucket, found at once."""
+
+from __future__ import annotations
+
+from pretrain.config import BatchConfig, Config
+from pretrain.model_config import model_problems
+
+
+def validate(config: Config, world_size: int) -> list[str]:
+    """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
+    return [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+
+
+def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:
+    if batch.global_size < 1 or batch.micro_size < 1:
+        return [f"batch.global_size {batch.global_size} and batch.micro_size {batch.micro_size} must be at least 1"]
+    per_pass = batch.micro_size * world_size
+    if batch.global_size % per_pass:
+        fits = [m for m in range(1, batch.global_size + 1) if batch.global_size % (m * world_size) == 0]
+        mend = (
+            f"set batch.micro_size to one of {fits}"
+            if fits
+            else f"set batch.global_size to a multiple of the {world_size} ranks"
+        )
+        return [
+            f"batch.global_size {batch.global_size} is not divisible by micro_size {batch.micro_size} "
+            f"× {world_size} ranks = {per_pass}: {mend}"
+        ]
+    return []
+
+
+def _range_problems(config: Config) -> list[str]:
+    """Fields outside the range in which they mean something."""
+    c = config
+    rules = [
+        (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
+        (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
+        (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
+        (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
+        (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
+        (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
+        (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),
+        (not all(0 <= b < 1 for b in c.optim.betas), f"optim.betas {c.optim.betas} must be in [0, 1)"),
+        (c.optim.weight_decay < 0, f"optim.weight_decay {c.optim.weight_decay} must not be negative"),
+        (c.optim.clip < 0, f"optim.clip {c.optim.clip} must not be negative"),
+        (min(c.train.max_steps, c.train.max_tokens) < 0, "train.max_steps and train.max_tokens must not be negative"),
+        (c.train.epochs <= 0, f"train.epochs {c.train.epochs} must be positive"),
+        (c.train.eval_interval < 0, f"train.eval_interval {c.train.eval_interval} must not be negative"),
+        (c.train.eval_sequences < 1, f"train.eval_sequences {c.train.eval_sequences} must be at least 1"),
+        (c.train.max_skipped < 1, f"train.max_skipped {c.train.max_skipped} must be at least 1"),
+        (c.train.max_rollbacks < 0, f"train.max_rollbacks {c.train.max_rollbacks} must not be negative"),
+        (c.train.spike_threshold < 0, f"train.spike_threshold {c.train.spike_threshold} must not be negative"),
+        (c.train.spike_window < 8, f"train.spike_window {c.train.spike_window} must be at least 8"),
+        (c.train.hang_timeout_s < 0, f"train.hang_timeout_s {c.train.hang_timeout_s} must not be negative"),
+        (c.train.timeout_minutes < 1, f"train.timeout_minutes {c.train.timeout_minutes} must be at least 1"),
+        (c.engine.initial_loss_scale < 1, f"engine.initial_loss_scale {c.engine.initial_loss_scale} must be ≥ 1"),
+        (c.engine.loss_scale_window < 1, f"engine.loss_scale_window {c.engine.loss_scale_window} must be at least 1"),
+        (c.checkpoint.every_files < 0, f"checkpoint.every_files {c.checkpoint.every_files} must not be negative"),
+        (c.checkpoint.every_steps < 0, f"checkpoint.every_steps {c.checkpoint.every_steps} must not be negative"),
+        (c.checkpoint.keep < 0, f"checkpoint.keep {c.checkpoint.keep} must not be negative"),
+        (c.checkpoint.max_waiting < 1, f"checkpoint.max_waiting {c.checkpoint.max_waiting} must be at least 1"),
+        (c.storage.deadline_s <= 0, f"storage.deadline_s {c.storage.deadline_s} must be positive"),
+        (c.storage.max_backoff_s <= 0, f"storage.max_backoff_s {c.storage.max_backoff_s} must be positive"),
+        (c.storage.timeout_s <= 0, f"storage.timeout_s {c.storage.timeout_s} must be positive"),
+        (c.storage.upload_workers < 1, f"storage.upload_workers {c.storage.upload_workers} must be at least 1"),
+        (c.log.sample_tokens < 1, f"log.sample_tokens {c.log.sample_tokens} must be at least 1"),
+        (c.log.interval < 1, f"log.interval {c.log.interval} must be at least 1"),
+        ("/" in c.run.name or c.run.name.startswith("."), f"run.name {c.run.name!r} must be a plain folder name"),
+    ]
+    return [problem for broken, problem in rules if broken]
