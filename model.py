@@ -167,10 +167,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotation: Rotation | None = None, cache: KVCache | None = None) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
         attended = self.attn(self.ln_1(x), rotation, cache)
-        if self.parallel:
-            return x + attended + self.mlp(self.ln_2(x))
-        x = x + attended
-        return x + self.mlp(self.ln_2(x))
+        read = x if self.parallel else x + attended
+        out: Tensor = x + attended + self.mlp(self.ln_2(read))
+        return out
 
 
 EXPENSIVE = (
@@ -291,8 +290,12 @@ class GPT(nn.Module):
     def _recomputed(self, block: nn.Module, x: Tensor, rotation: Rotation | None) -> Tensor:
         """Run a block that keeps its input, or that and its matrix products. Dropout falls the same in both runs."""
         keep_rng = self.config.dropout > 0  # without dropout the copies of its state would be for nothing
-        options = {"context_fn": selective} if self.config.activation_checkpointing == "selective" else {}
-        y: Tensor = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng, **options)
+        if self.config.activation_checkpointing == "selective":  # two calls: the compiler must see which function it is
+            y: Tensor = checkpoint(
+                block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng, context_fn=selective
+            )
+        else:
+            y = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng)
         return y
 
     def n_parameters(self) -> int:
@@ -300,20 +303,3 @@ class GPT(nn.Module):
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model
         tables = 1 if self.config.tie_embeddings else 2
         return sum(parameter.numel() for parameter in self.parameters()) - padding * tables
-
-
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Model FLOPs of training on one token, 6·N + 12·n_layer·n_head·D·seq_len (PaLM, appendix B).
-
-    N counts the weights that multiply every token: the matrices of each block, and the output head, tied or not. Not in
-    it: the look-ups of tokens and positions, biases, norms, RoPE, and the padding of the vocabulary. 6 is a multiply
-    and an add, once forward and twice backward. Attention counts the whole T × T square, as nanoGPT and PaLM do,
-    although the causal half would be enough; what activation checkpointing computes twice counts once. So MFU compares
-    with what others publish.
-
-    Args:
-        config: a resolved ModelConfig.
-        seq_len: tokens in a training sequence.
-    """
-    attention = 12.0 * config.n_layer * config.n_head * config.head_dim * seq_len
-    return 6.0 * config.n_matmul_parameters + attention

@@ -123,7 +123,7 @@ CARDS: dict[str, Card] = {
 
 # Model FLOPs utilization by parameters, published and not ours: LLM Foundry's training benchmarks (MosaicML, commit
 # 061f2c7, scripts/train/benchmarking/README.md): bf16, 2048 tokens, FSDP, FlashAttention, no activation checkpointing,
-# no dropout, 8 GPUs (3B on H100: 16). It counts FLOPs as `model.flops_per_token` does.
+# no dropout, 8 GPUs (3B on H100: 16). It counts FLOPs as `ModelConfig.flops_per_token` does.
 PUBLISHED_MFU: dict[str, dict[float, float]] = {
     "H100 SXM": {0.76e9: 0.349, 1.32e9: 0.418, 2.65e9: 0.437, 6.66e9: 0.464},
     "A100": {0.125e9: 0.448, 0.356e9: 0.516, 0.76e9: 0.569, 1.32e9: 0.599, 2.65e9: 0.621, 6.66e9: 0.642},

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-FAMILIES: dict[str, dict[str, Any]] = {
+Family = Literal["gpt", "neox", "llama", "qwen3", "opt"]
+
+FAMILIES: dict[Family, dict[str, Any]] = {
     # what a family says where the config doesn't; any field may be given beside it
     "gpt": {
         "position": "learned",
@@ -61,7 +63,7 @@ class Size:
     n_head: int
     d_model: int
     n_kv_head: int = 0
-    family: str = "gpt"
+    family: Family = "gpt"
 
 
 MODEL_SIZES: dict[str, Size] = {
@@ -183,10 +185,18 @@ class ModelConfig:
         return sum(math.prod(shape) for _, shape in parameter_shapes(self)) - padding
 
     @property
-    def n_matmul_parameters(self) -> int:
-        """Weights that multiply every token: each block's matrices and the output head, tied or not."""
+    def flops_per_token(self) -> float:
+        """Model FLOPs of training on one token, 6·N + 12·n_layer·n_head·head_dim·seq_len (PaLM, appendix B).
+
+        N counts the weights that multiply every token: the matrices of each block, and the output head, tied or not.
+        Not in it: the look-ups of tokens and positions, biases, norms, RoPE, and the padding of the vocabulary. 6 is a
+        multiply and an add, once forward and twice backward. Attention counts the whole T × T square, as nanoGPT and
+        PaLM do, although the causal half would be enough; what activation checkpointing computes twice counts once. So
+        MFU compares with what others publish.
+        """
         matrices = (math.prod(shape) for name, shape in _block_shapes(self) if len(shape) == 2)
-        return self.n_layer * sum(matrices) + self.vocab_size * self.d_model
+        n_matmul = self.n_layer * sum(matrices) + self.vocab_size * self.d_model
+        return 6.0 * n_matmul + 12.0 * self.n_layer * self.n_head * self.head_dim * self.seq_len
 
 
 def _default_d_ff(d_model: int, activation: str) -> int:

@@ -129,12 +129,6 @@ def budget(setup: Setup, gpu: Gpu) -> Budget:
     return Budget(setup, gpu, memory.peak(setup), memory.required_bytes(setup), available, largest)
 
 
-def flops_per_token(model: ModelConfig) -> float:
-    """The same as model.py's, which needs torch: 6 FLOPs a multiplying weight, and attention's whole square."""
-    weights = model.n_layer * (4 * model.d_model**2 + 2 * model.d_model * model.d_ff) + model.vocab_size * model.d_model
-    return 6.0 * weights + 12.0 * model.n_layer * model.d_model * model.seq_len
-
-
 def peak_tflops(gpu: Gpu, precision: str) -> float:
     """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default."""
     rate: float = getattr(PEAK_FLOPS[gpu.peak], precision)
@@ -154,7 +148,7 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
     mfu, source = efficiency.mfu, efficiency.source
     if setup.model.activation_checkpointing:
         mfu, source = mfu / RECOMPUTED, f"{source}; × 3/4 for activation checkpointing"
-    rate = mfu * peak * 1e12 * setup.world_size / flops_per_token(setup.model)
+    rate = mfu * peak * 1e12 * setup.world_size / setup.model.flops_per_token
     return Speed(rate, mfu, source)
 
 

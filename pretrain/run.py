@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from model import flops_per_token
 from pretrain import budget, log
 from pretrain.budget import Prediction
 from pretrain.config import Config
@@ -65,7 +64,7 @@ class Run:
     def __post_init__(self) -> None:
         precision = self.config.train.precision
         self.first_step = self.progress.step
-        self.flops_per_token = flops_per_token(self.config.model, self.config.model.seq_len)
+        self.flops_per_token = self.config.model.flops_per_token
         self.monitor = GpuMonitor(self.device)
         self.peak_flops, source = peak_flops(self.device, precision)
         self.about: dict[str, Any] = {

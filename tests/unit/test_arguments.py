@@ -198,7 +198,7 @@ def test_a_value_must_be_finite(value):
 
 
 def test_a_switch_takes_no_value():
-    with pytest.raises(ConfigError, match=r"--compile takes no value: give --model\.compile 1 instead"):
+    with pytest.raises(ConfigError, match=r"--compile takes no value: give --train\.compile 1 instead"):
         parse([*BASE, "--compile=1"])
 
 

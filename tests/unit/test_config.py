@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig, TrainConfig
 from pretrain.config_checks import validate
-from pretrain.model_config import MODEL_SIZES, ModelConfig
+from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig
 
 COUNTS = {
     "125M": 125_226_240,
@@ -26,8 +26,50 @@ def make(**sections) -> Config:
     return dataclasses.replace(base, **sections)
 
 
-def test_every_size_has_its_exact_count():
-    assert {size: ModelConfig(size=size).resolve().n_parameters for size in MODEL_SIZES} == COUNTS
+def test_every_size_of_the_gpt_family_has_its_exact_count():
+    sizes = [size for size, shape in MODEL_SIZES.items() if shape.family == "gpt"]
+    assert {size: ModelConfig(size=size).resolve().n_parameters for size in sizes} == COUNTS
+
+
+def test_a_size_names_its_family_and_a_family_its_options():
+    assert ModelConfig(size="medium").resolve().family == "llama"
+    assert ModelConfig(size="125M").resolve().family == "gpt"
+    medium = ModelConfig(size="medium").resolve()
+    assert (medium.n_kv_head, medium.d_ff, medium.head_dim, medium.norm, medium.bias) == (8, 2816, 64, "rmsnorm", False)
+    neox = ModelConfig(family="neox", size="1.2B").resolve()
+    assert (neox.n_layer, neox.d_model, neox.n_head, neox.d_ff) == (24, 2048, 16, 8192)
+    assert (neox.rotary_pct, neox.rotary_dim, neox.parallel_residual, neox.tie_embeddings) == (0.25, 32, True, False)
+    assert ModelConfig(family="qwen3").resolve().qk_norm and ModelConfig(family="opt").resolve().activation == "relu"
+
+
+def test_a_given_option_wins_over_its_family_and_false_is_given():
+    model = ModelConfig(family="gpt", bias=False, tie_embeddings=False, norm="rmsnorm", rotary_pct=0.5).resolve()
+    assert (model.bias, model.tie_embeddings, model.norm, model.rotary_pct) == (False, False, "rmsnorm", 0.5)
+    assert model.position == "learned" and model.qk_norm is False
+
+
+def test_resolving_twice_changes_nothing():
+    for family in FAMILIES:
+        model = ModelConfig(family=family, size="350M").resolve()
+        assert model.resolve() == model
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"n_head": 5}, "d_model 768 is not divisible by model.n_head 5"),
+        ({"n_kv_head": 5}, "n_head 12 is not divisible by model.n_kv_head 5"),
+        ({"family": "neox", "rotary_pct": 0.03}, "rotates 1 numbers"),
+        ({"rotary_pct": 0.25}, "means nothing with learned positions"),
+        ({"family": "llama", "rotary_pct": 1.5}, "must be in (0, 1]"),
+        ({"rope_theta": 0.5}, "rope_theta 0.5 must be above 1"),
+        ({"loss_chunks": 0}, "loss_chunks 0 must be at least 1"),
+        ({"norm_eps": -1.0}, "norm_eps -1.0 must not be negative"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_named(fields, words):
+    (problem,) = validate(make(model=ModelConfig(size="125M", **fields).resolve()), world_size=1)
+    assert words in problem
 
 
 def test_a_field_overrides_its_part_of_the_size():
@@ -121,11 +163,17 @@ def test_negative_sizes_are_refused(fields):
         ("train", "eval_sequences", 0),
         ("train", "max_skipped", 0),
         ("train", "timeout_minutes", 0),
+        ("train", "max_rollbacks", -1),
+        ("train", "spike_threshold", -1.0),
+        ("train", "spike_window", 7),
+        ("train", "hang_timeout_s", -1.0),
         ("engine", "initial_loss_scale", 0.5),
         ("engine", "loss_scale_window", 0),
         ("checkpoint", "every_files", -1),
         ("checkpoint", "every_steps", -1),
         ("checkpoint", "keep", -1),
+        ("checkpoint", "max_waiting", 0),
+        ("log", "sample_tokens", 0),
         ("storage", "deadline_s", 0.0),
         ("storage", "timeout_s", 0.0),
         ("storage", "upload_workers", 0),

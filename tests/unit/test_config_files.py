@@ -24,7 +24,7 @@ def test_production_is_what_it_says(world_size):
     config = parse(["--config", "production", "--data", "gs://bucket/data"], world_size).config
     assert config.model.n_parameters == 1_315_723_264
     assert config.total_steps(windows_per_epoch=0) == 83_923
-    assert (config.model.seq_len, config.model.dropout, config.model.activation_checkpointing) == (2048, 0.1, True)
+    assert (config.model.seq_len, config.model.dropout, config.model.activation_checkpointing) == (2048, 0.1, "full")
     assert (config.batch.global_size, config.batch.micro_size) == (128, 8)
     assert (config.optim.lr, config.optim.betas, config.optim.weight_decay) == (6e-4, (0.9, 0.95), 0.1)
     assert (config.optim.schedule, config.optim.min_lr_ratio, config.optim.warmup_steps) == ("cosine", 0.1, 2000)

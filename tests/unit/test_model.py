@@ -9,21 +9,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, KERNELS, flops_per_token
+from model import GPT, KERNELS
 from pretrain.kernels import choose_attention
-from pretrain.model_config import MODEL_SIZES, ModelConfig
+from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig, parameter_shapes
 
 CPU = torch.device("cpu")
-TINY = ModelConfig(
-    size="custom", n_layer=2, n_head=4, d_model=32, vocab_size=257, seq_len=16, dropout=0.0
-).resolve()  # 257 like 50257: odd, so that it must be padded
+FAMILY_NAMES = list(FAMILIES)
+
+
+def shape(**changes: Any) -> ModelConfig:
+    # 257 like 50257: odd, so that it must be padded
+    tiny = ModelConfig(size="custom", n_layer=2, n_head=4, d_model=32, vocab_size=257, seq_len=16, dropout=0.0)
+    return dataclasses.replace(tiny, **changes).resolve()
 
 
 def tiny(attention: str = "sdpa", seed: int = 0, **changes: Any) -> GPT:
     torch.manual_seed(seed)
-    return GPT(dataclasses.replace(TINY, **changes), attention)
+    return GPT(shape(**changes), attention)
 
 
 def data(batch: int = 3, length: int = 16, vocab: int = 257, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,8 +122,7 @@ def test_logits_and_loss_equal_a_hand_written_gpt2_without_padding(attention: st
 
 
 def test_every_gradient_equals_the_slope_of_the_hand_written_gpt2() -> None:
-    shape: dict[str, Any] = {"n_layer": 1, "n_head": 2, "d_model": 8, "d_ff": 12, "vocab_size": 11, "seq_len": 5}
-    model = shaken(tiny(**shape))
+    model = shaken(tiny(n_layer=1, n_head=2, d_model=8, d_ff=12, vocab_size=11, seq_len=5))
     tokens, targets = data(batch=2, length=5, vocab=11)
     model(tokens, targets).backward()
     weights = unpadded(model)
@@ -180,6 +186,12 @@ def test_every_size_has_exactly_the_documented_parameters(size: str) -> None:
         "3B": 2_651_553_280,
         "7B": 6_658_404_352,
         "8B": 7_463_923_712,
+        # by hand: 2·vocab·d + L·(d·(d + 2·kv) + d·d + 3·d·d_ff + 2d) + d, with d_ff 768, 2048, 2816, 4096, 5632
+        "tiny": 30_846_720,
+        "small": 162_148_608,
+        "medium": 386_092_032,
+        "large": 777_318_912,
+        "xl": 1_648_826_368,
     }
     config = ModelConfig(size=size).resolve()
     with torch.device("meta"):
@@ -196,6 +208,82 @@ def test_parameter_names_and_shapes_are_the_canonical_ones() -> None:
     expected = {"tok_emb.weight": (384, 32), "pos_emb.weight": (16, 32), "ln_f.weight": (32,), "ln_f.bias": (32,)}
     expected |= {f"blocks.{layer}.{name}": shape for layer in (0, 1) for name, shape in block.items()}
     assert {name: tuple(tensor.shape) for name, tensor in tiny().state_dict().items()} == expected
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{family: {"family": family} for family in FAMILY_NAMES},
+    "llama, grouped": {"family": "llama", "n_kv_head": 1, "bias": True, "tie_embeddings": True},
+    "qwen3, wide heads": {"family": "qwen3", "n_kv_head": 2, "head_dim": 12},
+    "gpt, modern": {"family": "gpt", "position": "rope", "rotary_pct": 0.5, "norm": "rmsnorm", "qk_norm": True},
+    "gpt, bare": {"family": "gpt", "bias": False, "tie_embeddings": False, "parallel_residual": True},
+}
+every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+
+
+@every_variant
+def test_the_config_knows_every_parameter(options: dict[str, Any]) -> None:
+    config, model = shape(**options), tiny(**options)
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == list(parameter_shapes(config))
+    assert model.n_parameters() == config.n_parameters
+
+
+@every_variant
+def test_what_is_recomputed_and_the_chunks_of_the_loss_change_neither_loss_nor_gradients(options) -> None:
+    losses, found = [], []
+    for how in ({}, {"activation_checkpointing": "selective"}, {"activation_checkpointing": "full", "loss_chunks": 5}):
+        model = shaken(tiny(dropout=0.2, **options, **how))
+        torch.manual_seed(7)
+        loss = model(*data())
+        loss.backward()
+        losses.append(loss.item())
+        found.append(gradients(model))
+    assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
+        torch.testing.assert_close(gradient, found[2][name], rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_never_hold_the_full_logits() -> None:
+    model = tiny(loss_chunks=4)
+    tokens, targets = data(batch=8)
+    rows: set[int] = set()  # of every tensor as wide as the vocabulary, forward and backward
+
+    class Wide(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.dim()]
+            rows.update(each.numel() // each.size(-1) for each in tensors if each.size(-1) in (257, 384))
+            return result
+
+    with Wide():
+        model(tokens, targets).backward()
+    assert max(rows) == 8 * 16 // 4
+
+
+@every_variant
+def test_every_variant_is_causal_and_alike_by_both_kernels(options: dict[str, Any]) -> None:
+    tokens, _ = data()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 257
+    plain, fused = shaken(tiny("plain", **options)), shaken(tiny("sdpa", **options))
+    before, after = plain(tokens), plain(changed)
+    assert torch.equal(before[:, :9], after[:, :9])
+    assert not torch.allclose(before[:, 9:], after[:, 9:])
+    torch.testing.assert_close(fused(tokens), before, rtol=1e-4, atol=1e-4)
+
+
+@every_variant
+def test_every_variant_compiles_as_one_graph_that_is_compiled_once(options: dict[str, Any]) -> None:
+    torch._dynamo.reset()
+    model = shaken(tiny(**options))
+    eager = model(*data())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for _ in range(3):
+        loss = compiled(*data())
+        loss.backward()
+    assert loss.item() == pytest.approx(eager.item(), rel=1e-6)
+    assert counter.frame_count == 1
 
 
 def test_initial_weights_are_gpt2s() -> None:
@@ -256,7 +344,7 @@ def test_a_longer_sequence_than_there_are_positions_is_refused() -> None:
 
 def test_checkpointed_blocks_run_twice_and_give_the_same_gradients_with_the_same_dropout() -> None:
     runs, found = [], []
-    for recompute in (False, True):
+    for recompute in ("none", "full"):
         model = shaken(tiny(dropout=0.2, activation_checkpointing=recompute))
         calls: list[int] = []
         model.blocks[0].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
@@ -269,7 +357,7 @@ def test_checkpointed_blocks_run_twice_and_give_the_same_gradients_with_the_same
 
 
 def test_checkpointing_is_off_where_no_backward_pass_follows() -> None:
-    model = shaken(tiny(activation_checkpointing=True))
+    model = shaken(tiny(activation_checkpointing="full"))
     assert model._recomputes()
     with torch.no_grad():
         assert not model._recomputes()
@@ -301,8 +389,10 @@ def test_a_half_precision_model_stays_near_fp32_and_its_loss_is_fp32(dtype: torc
     assert all(gradient.dtype == dtype and gradient.isfinite().all() for gradient in gradients(model).values())
 
 
-def test_it_compiles_as_one_graph_with_checkpointing() -> None:
-    model = shaken(tiny(activation_checkpointing=True))
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_it_compiles_as_one_graph_with_checkpointing(recompute: str) -> None:
+    torch._dynamo.reset()
+    model = shaken(tiny(activation_checkpointing=recompute))
     eager = model(*data())
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     loss = compiled(*data())
@@ -322,18 +412,19 @@ def test_it_learns_one_batch_by_heart() -> None:
     assert loss.item() < 0.1
 
 
-def test_flops_per_token_are_the_matrix_products_that_torch_counts() -> None:
-    config = dataclasses.replace(TINY, vocab_size=256)  # nothing to pad: torch counts the padding's products too
+@pytest.mark.parametrize("options", [{}, {"family": "neox"}, {"family": "qwen3", "n_kv_head": 2, "head_dim": 6}])
+def test_flops_per_token_are_the_matrix_products_that_torch_counts(options: dict[str, Any]) -> None:
+    config = shape(vocab_size=256, **options)  # nothing to pad: torch counts the padding's products too
     model = GPT(config, "plain")  # plain: fused kernels recompute the scores in the backward pass, which is not counted
     with FlopCounterMode(display=False) as counter:
         model(*data(batch=3, length=16, vocab=256)).backward()
-    assert counter.get_total_flops() == flops_per_token(config, 16) * 3 * 16
+    assert counter.get_total_flops() == config.flops_per_token * 3 * 16
 
 
 def test_flops_per_token_of_the_production_model() -> None:
     config = ModelConfig().resolve()
     n_matmul = 24 * 12 * 2048**2 + 50257 * 2048
-    assert flops_per_token(config, 2048) == 6 * n_matmul + 12 * 24 * 2048 * 2048
+    assert config.flops_per_token == 6 * n_matmul + 12 * 24 * 2048 * 2048
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_says_why_not_flash() -> None:

@@ -1,0 +1,100 @@
+"""What a benchmark or a tool found against what it should be: a table for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+from pretrain.errors import EXIT_DONE
+from pretrain.listings import print_table
+
+EXIT_MISSED = 1  # a check was not passed
+RESULTS = Path("benchmarks") / "results"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure and its goal.
+
+    Args:
+        name: snake_case; what was measured or counted.
+        value: rounded as it is to be read.
+        goal: the bound, or the figure that was expected.
+        relation: "≥", "≤" or "=": how value must stand to goal.
+        unit: "x", "ms", "steps", …
+    """
+
+    name: str
+    value: float
+    relation: str
+    goal: float
+    unit: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether the goal was met; never by a value that is not a number."""
+        compare = {"≥": self.value >= self.goal, "≤": self.value <= self.goal, "=": self.value == self.goal}
+        return compare[self.relation]
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in the results file."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def device_title() -> str:
+    """The machine that the checks ran on, as it names a folder of results: "cpu-2core", "nvidia-h100"."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name(0).lower().removeprefix("nvidia ")
+        return f"nvidia-{re.split(r'[^a-z0-9]+', name)[0]}"
+    return f"cpu-{len(psutil.Process().cpu_affinity())}core"
+
+
+def publish(
+    name: str, checks: Sequence[Check], *, as_json: bool, save: bool = False, details: dict[str, Any] | None = None
+) -> int:
+    """Print the checks; returns the exit code, 0 where every one passed and 1 otherwise.
+
+    Args:
+        name: of the benchmark or tool, and of its results file.
+        as_json: one object on stdout instead of a table.
+        save: write benchmarks/results/{device}/{name}.json, too.
+        details: what else belongs into the object: settings, rows of a table.
+    """
+    passed = all(check.passed for check in checks)
+    tree = {
+        "name": name,
+        "device": device_title(),
+        "platform": platform.platform(terse=True),
+        "checks": [check.to_json() for check in checks],
+        "passed": passed,
+        **(details or {}),
+    }
+    if as_json:
+        print(json.dumps(tree, indent=1))
+    else:
+        rows = [
+            [
+                check.name,
+                f"{check.value:g}",
+                f"{check.relation} {check.goal:g}",
+                check.unit,
+                "yes" if check.passed else "NO",
+            ]
+            for check in checks
+        ]
+        print_table(("check", "value", "goal", "unit", "passed"), rows, Console(), right=("value", "goal"))
+    if save:
+        path = RESULTS / tree["device"] / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    return EXIT_DONE if passed else EXIT_MISSED
