@@ -53,7 +53,11 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--deterministic": ("train.deterministic", True),
     "--compile": ("train.compile", True),
 }
-PRECISION_SYNONYMS = {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+SYNONYMS: dict[str, dict[str, str]] = {
+    # field: {what people write: what it is called here}
+    "train.precision": {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
+    "model.activation_checkpointing": {"true": "full", "false": "none"},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,9 +123,9 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     from_cli, options, problems = _read_argv(argv, known)
     config_name, from_yaml, yaml_problems = _read_yaml(options.get("config", DEFAULT_CONFIG), known)
     settings = {**from_yaml, **from_cli}
-    settings["train.precision"] = PRECISION_SYNONYMS.get(
-        str(settings.get("train.precision")), settings.get("train.precision", Config().train.precision)
-    )
+    for field, names in SYNONYMS.items():
+        if (written := str(settings.get(field)).lower()) in names:
+            settings[field] = names[written]
     problems += yaml_problems + _value_problems(parser, settings)
     if problems:
         raise ConfigError(problems)

@@ -1,24 +1,25 @@
 """How much memory training takes, in bytes per component, counted tensor by tensor. No torch here.
 
 A step is walked from its forward pass to its update, and at each moment that can be the fullest what is alive then is
-added up: `peak` is the largest. Counted is what torch's allocator hands out in eager mode; CUDA's own share is
-`FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute precision, P parameters, N ranks.
+added up: `peak` is the largest. What a forward pass saves is `activations.py`. Counted is what torch's allocator hands
+out in eager mode; CUDA's own share is `FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute
+precision, P parameters, N ranks.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pretrain.activations import FP32_BYTES, Activations
 from pretrain.config import BatchConfig
-from pretrain.model_config import ModelConfig
+from pretrain.model_config import ModelConfig, parameter_shapes
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-FP32_BYTES = 4
 MOMENTS_BYTES = 8  # AdamW's two, fp32
-TOKEN_BYTES = 8  # int64
 NORM_BYTES = 8  # DeepSpeed squares each gradient in fp64
 
 # CUDA's context and kernels, cuBLAS's workspace, and with several GPUs NCCL's channels. Assumed, not measured by us.
@@ -87,9 +88,9 @@ class Setup:
         """The same with another micro batch."""
         return dataclasses.replace(self, batch=dataclasses.replace(self.batch, micro_size=micro_size))
 
-    def with_checkpointing(self, on: bool) -> Setup:
-        """The same with activation checkpointing on or off."""
-        return dataclasses.replace(self, model=dataclasses.replace(self.model, activation_checkpointing=on))
+    def with_checkpointing(self, kind: Literal["none", "selective", "full"]) -> Setup:
+        """The same with another kind of activation checkpointing."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, activation_checkpointing=kind))
 
     @property
     def accumulates(self) -> bool:
@@ -164,11 +165,7 @@ def largest_micro_size(setup: Setup, available: int) -> int:
 
 def parameter_sizes(model: ModelConfig) -> list[int]:
     """Elements of every parameter in the order of the module, the vocabulary padded as it is in memory."""
-    d, f = model.d_model, model.d_ff
-    attention = [3 * d * d, 3 * d, d * d, d]
-    feed_forward = [f * d, f, d * f, d]
-    block = [d, d, *attention, d, d, *feed_forward]
-    return [model.padded_vocab_size * d, model.seq_len * d, *block * model.n_layer, d, d]
+    return [math.prod(shape) for _, shape in parameter_shapes(model)]
 
 
 # ---- one step ----
@@ -176,18 +173,15 @@ def parameter_sizes(model: ModelConfig) -> list[int]:
 
 def timeline(setup: Setup) -> Iterator[Moment]:
     """The moments of a step that can be its fullest."""
-    model = setup.model
-    c, size = COMPUTE_BYTES[setup.precision], sum(parameter_sizes(setup.model))
-    head = c * model.padded_vocab_size * model.d_model  # gradient of the tied embedding
-    tokens = setup.batch.micro_size * model.seq_len
+    model, size = setup.model, sum(parameter_sizes(setup.model))
+    acts = Activations(model, COMPUTE_BYTES[setup.precision], setup.batch.micro_size)
+    head = acts.c * model.padded_vocab_size * model.d_model  # gradient of the output head
     still = Moment(
         "",
-        weights=c * size,
+        weights=acts.c * size,
         masters=FP32_BYTES * size // setup.optimizer_ranks,
         moments=MOMENTS_BYTES * size // setup.optimizer_ranks,
     )
-    kept = model.n_layer * _kept_of_block(setup) + _kept_of_ends(setup)
-    stream = c * tokens * model.d_model
     held, flowing = _held_gradients(setup), _reduction_buffers(setup)
 
     def at(when: str, gradients: int, activations: int = 0, logits: int = 0, communication: int = 0) -> Moment:
@@ -200,75 +194,21 @@ def timeline(setup: Setup) -> Iterator[Moment]:
             communication=communication,
         )
 
-    # fp32 three times: the saved log-probabilities, their gradient, and the logits' gradient made from both
-    yield at("the loss, backward", held, kept, 3 * FP32_BYTES * tokens * model.vocab_size)
-    yield at("the output head, backward", held + head, kept + stream, c * tokens * model.padded_vocab_size)
-    recomputed = _saved_by_block(setup) - _kept_of_block(setup)
-    done = 2 * stream + (tokens * model.d_model if model.dropout else 0)  # by then: the head, its norm, the last mask
-    yield at("the last block, backward", held + head, kept + recomputed - done + _passing(setup), 0, flowing)
-    # the head's gradient waits until the end for the embedding's own; autograd adds the two into a third
-    yield at("the embedding, backward", _all_gradients(setup) + 3 * head, stream, 0, flowing)
+    if model.loss_chunks == 1:
+        yield at("the loss, backward", held, acts.kept, acts.loss)
+        yield at("the output head, backward", held + head, acts.kept + acts.stream, acts.logits)
+    else:  # the stream's gradient is collected, the head's is added up from chunk to chunk: sum, summand, new sum
+        yield at("the loss, backward", held + head, acts.kept + acts.stream, acts.loss)
+        yield at("the output head, backward", held + 3 * head, acts.kept + acts.stream)
+    recomputed = acts.saved_by_block - acts.kept_of_block
+    # by then done: the head, its norm, the last mask
+    done = 2 * acts.stream + (acts.tokens * model.d_model if model.dropout else 0)
+    yield at("the last block, backward", held + head, acts.kept + recomputed - done + acts.passing, 0, flowing)
+    # a tied head's gradient waits until the end for the embedding's own; autograd adds the two into a third
+    tables = (3 if model.tie_embeddings else 1) * head
+    yield at("the embedding, backward", _all_gradients(setup) + tables, acts.stream, 0, flowing)
     for when, gradients, communication in _update(setup):
         yield at(when, gradients, 0, 0, communication)
-
-
-def _passing(setup: Setup) -> int:
-    """Bytes by which gradients of activations exceed the activations freed before them, at a block's fullest.
-
-    At the GELU there are the gradients of the stream, of the block's output behind dropout, and of the wide layer. In
-    plain attention the softmax, its gradient and the scores' gradient, all fp32, when the wide layer is done.
-    """
-    model, c = setup.model, COMPUTE_BYTES[setup.precision]
-    tokens = setup.batch.micro_size * model.seq_len
-    stream, wide = c * tokens * model.d_model, c * tokens * model.d_ff
-    at_gelu = stream * (2 if model.dropout else 1) + wide
-    if model.attention != "plain":
-        return at_gelu
-    softmax = 3 * FP32_BYTES * _scores(setup) - _saved_scores(setup)
-    return max(at_gelu, softmax + stream - 2 * (stream + wide))
-
-
-def _saved_by_block(setup: Setup) -> int:
-    """Bytes that autograd saves of one block, its input included.
-
-    Of the compute precision and (B, T, d_model): the inputs of both norms, of qkv and of up (the norms' outputs), q, k
-    and v, and the attention's output; (B, T, d_ff): the inputs of GELU and of down. fp32: mean and deviation of both
-    norms and the log-sum-exp of each head's row. Dropout keeps a mask of a byte an element.
-    """
-    model, c = setup.model, COMPUTE_BYTES[setup.precision]
-    tokens = setup.batch.micro_size * model.seq_len
-    saved = c * tokens * (8 * model.d_model + 2 * model.d_ff) + 4 * FP32_BYTES * tokens
-    if model.dropout:
-        saved += 2 * tokens * model.d_model
-    if model.attention != "plain":
-        return saved + FP32_BYTES * tokens * model.n_head
-    return saved + _saved_scores(setup)
-
-
-def _saved_scores(setup: Setup) -> int:
-    """Bytes that plain attention saves of (B, n_head, T, T): the softmax in fp32, what multiplies v, and two masks."""
-    c, dropout, scores = COMPUTE_BYTES[setup.precision], bool(setup.model.dropout), _scores(setup)
-    multiplied = c if c != FP32_BYTES or dropout else 0  # the softmax itself where nothing was rounded or dropped
-    return scores * (FP32_BYTES + multiplied + dropout) + setup.model.seq_len**2
-
-
-def _scores(setup: Setup) -> int:
-    """Elements of one block's attention matrices, (B, n_head, T, T)."""
-    return setup.batch.micro_size * setup.model.n_head * setup.model.seq_len**2
-
-
-def _kept_of_block(setup: Setup) -> int:
-    """Bytes of one block that wait for the backward pass: with activation checkpointing its input only."""
-    if not setup.model.activation_checkpointing:
-        return _saved_by_block(setup)
-    return COMPUTE_BYTES[setup.precision] * setup.batch.micro_size * setup.model.seq_len * setup.model.d_model
-
-
-def _kept_of_ends(setup: Setup) -> int:
-    """Bytes kept before the first block and behind the last one: tokens, targets, masks, inputs of norm and head."""
-    model, tokens = setup.model, setup.batch.micro_size * setup.model.seq_len
-    kept = 2 * COMPUTE_BYTES[setup.precision] * tokens * model.d_model + 2 * TOKEN_BYTES * tokens
-    return kept + (tokens * model.d_model if model.dropout else 0)
 
 
 # ---- gradients, as the engine keeps them ----

@@ -21,9 +21,12 @@ from pretrain.model_config import ModelConfig
 GB = 1e9
 CHINCHILLA_RATIO = 20  # tokens a parameter, arXiv 2203.15556
 CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
-RECOMPUTED = 4 / 3  # activation checkpointing runs a second forward pass, a third of the step's FLOPs
+# by which activation checkpointing lengthens a step: a second forward pass is a third of the step's FLOPs; norms and
+# non-linearities alone are hardly any FLOPs, but memory traffic (assumed, not measured)
+RECOMPUTED = {"selective": 1.05, "full": 4 / 3}
 MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST_GPUS = 1024
+CHUNKS = 8  # of the loss, where a mend proposes them
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,9 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
         raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
     efficiency = expected_mfu(gpu.peak, setup.model.n_parameters)
     mfu, source = efficiency.mfu, efficiency.source
-    if setup.model.activation_checkpointing:
-        mfu, source = mfu / RECOMPUTED, f"{source}; × 3/4 for activation checkpointing"
+    kind = setup.model.activation_checkpointing
+    if kind != "none":
+        mfu, source = mfu / RECOMPUTED[kind], f"{source}; / {RECOMPUTED[kind]:.3g} for {kind} activation checkpointing"
     rate = mfu * peak * 1e12 * setup.world_size / setup.model.flops_per_token
     return Speed(rate, mfu, source)
 
@@ -155,20 +159,26 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
 def mends(setup: Setup, gpu: Gpu) -> list[str]:
     """What would make an impossible setup fit, cheapest first; each is options and what comes of them."""
     available = memory.available_bytes(gpu.memory_bytes)
-    half, recomputing = dataclasses.replace(setup, precision="bf16"), setup.with_checkpointing(True)
+    chunked = dataclasses.replace(setup, model=dataclasses.replace(setup.model, loss_chunks=CHUNKS))
+    full = setup.with_checkpointing("full")
     options = [("", setup)]  # a smaller micro batch alone costs next to nothing
     if setup.precision == "fp32":
-        options.append(("--precision bf16", half))
-    if not setup.model.activation_checkpointing:
-        options.append(("--model.activation_checkpointing true", recomputing))
-        if setup.precision == "fp32":
-            options.append(("--precision bf16 --model.activation_checkpointing true", half.with_checkpointing(True)))
+        options.append(("--precision bf16", dataclasses.replace(setup, precision="bf16")))
+    if setup.model.loss_chunks == 1:
+        options.append((f"--model.loss_chunks {CHUNKS}", chunked))
+    if setup.model.activation_checkpointing == "none":
+        options.append(("--model.activation_checkpointing selective", setup.with_checkpointing("selective")))
+    if setup.model.activation_checkpointing != "full":
+        options.append(("--model.activation_checkpointing full", full))
+    if setup.precision == "fp32" and setup.model.activation_checkpointing != "full":
+        half = dataclasses.replace(full, precision="bf16")
+        options.append(("--precision bf16 --model.activation_checkpointing full", half))
     found = [
         f"{name} --batch.micro_size {size}".strip()
         for name, changed in options
         if (size := memory.largest_micro_size(changed, available))
     ]
-    return found or _larger_machines(recomputing, gpu)
+    return found or _larger_machines(full, gpu)
 
 
 def _larger_machines(setup: Setup, gpu: Gpu) -> list[str]:
@@ -178,12 +188,12 @@ def _larger_machines(setup: Setup, gpu: Gpu) -> list[str]:
     for count in range(setup.world_size + 1, min(setup.batch.global_size, MOST_GPUS) + 1):
         more = dataclasses.replace(setup, world_size=count).with_micro_size(1)
         if setup.sharding.stage and more.micro_sizes and memory.required_bytes(more) <= available:
-            found.append(f"--gpus {count} --model.activation_checkpointing true --batch.micro_size 1")
+            found.append(f"--gpus {count} --model.activation_checkpointing full --batch.micro_size 1")
             break
     needed = memory.required_bytes(setup.with_micro_size(1))
     cards = [(card.memory_gb, name) for name, card in CARDS.items() if card.memory_gb * GB * 0.9 >= needed]
     if cards:
-        found.append(f"--gpu {min(cards)[1]} --model.activation_checkpointing true --batch.micro_size 1")
+        found.append(f"--gpu {min(cards)[1]} --model.activation_checkpointing full --batch.micro_size 1")
     return found
 
 

@@ -52,7 +52,8 @@ def explain(error: RuntimeError) -> TrainerError | None:
         whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
         full = ConfigError(
             f"{whose} memory is full: {str(error).splitlines()[0]:.160}",
-            "Halve --batch.micro_size (the global batch stays the same), or --model.activation_checkpointing true.",
+            "Halve --batch.micro_size (the global batch stays the same), "
+            "--model.loss_chunks 8, or --model.activation_checkpointing full.",
         )
         full.shared = False  # another rank may have room
         return full

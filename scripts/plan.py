@@ -36,9 +36,10 @@ SHORT_FORMS = {
     "--global_batch_size": "batch.global_size",
     "--seq_len": "model.seq_len",
     "--vocab_size": "model.vocab_size",
+    "--family": "model.family",
     "--activation_checkpointing": "model.activation_checkpointing",
 }
-SHAPE = ("n_layer", "n_head", "d_model", "d_ff")
+SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
 COMPARED_SIZES = 5
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = read_config(options, others)
         if options.models:
-            return show_models(config.model, console, options.json)
+            return show_models(config.model, options.family or "", console, options.json)
         gpu = Gpu.named(options.gpu)
         setup = plan.make_setup(
             config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
@@ -93,6 +94,7 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
     argv = ["--config", options.config, "--data", "planned"]
     if options.model:
         argv += ["--model.size", options.model]
+        argv += [] if options.family else ["--model.family", ""]
         argv += [word for part in SHAPE for word in (f"--model.{part}", "0")]  # a config's own shape is another model
     if options.tokens:
         argv += ["--max-tokens", str(plan.read_tokens(options.tokens)), "--max-steps", "0"]
@@ -169,11 +171,12 @@ def setting_rows(setup: Setup) -> list[Row]:
     """What the plan is for."""
     model, batch = setup.model, setup.batch
     parts = f"{batch.micro_size} micro × {batch.accumulation(setup.world_size)} accumulated × {setup.world_size} GPUs"
-    recompute = "on" if model.activation_checkpointing else "off"
+    checkpointing = f"activation checkpointing: {model.activation_checkpointing}"
+    heads = f"{model.n_head} heads" + (f" ({model.n_kv_head} of keys)" if model.n_kv_head != model.n_head else "")
     return [
-        ("shape", f"{model.n_layer} layers, {model.n_head} heads", f"{model.d_model} wide, {model.d_ff} inside"),
+        ("shape", f"{model.family}, {model.n_layer} layers, {heads}", f"{model.d_model} wide, {model.d_ff} inside"),
         ("batch", f"{batch.global_size} × {model.seq_len} tokens", parts),
-        ("engine", f"{setup.sharding.title}, {setup.precision}", f"activation checkpointing {recompute}"),
+        ("engine", f"{setup.sharding.title}, {setup.precision}", checkpointing),
     ]
 
 
@@ -234,7 +237,7 @@ def course_rows(course: dict[str, Any]) -> list[Row]:
 
 
 def show_comparison(setup: Setup, gpu: Gpu, config: Config, console: Console, as_json: bool) -> int:
-    """Print the memory of every engine, with and without activation checkpointing, over the micro batches."""
+    """Print the memory of every engine with every kind of activation checkpointing, over the micro batches."""
     rows = [compared(row, gpu) for row in choices(setup, config)]
     offered, model = memory.available_bytes(gpu.memory_bytes), config.model
     if as_json:
@@ -246,7 +249,7 @@ def show_comparison(setup: Setup, gpu: Gpu, config: Config, console: Console, as
         what = f"{model.size}, {model.n_parameters:,} parameters, {setup.precision}, on {setup.world_size} × {gpu.name}"
         console.print(what, soft_wrap=True)
         print_table(head, body, console, right=head[1:], title="GB of one GPU, by micro batch")
-        source = f"{rows[0]['mfu_source']}; × 3/4 with activation checkpointing (ckpt)"
+        source = f"{rows[0]['mfu_source']}; less with activation checkpointing (ckpt)"
         console.print(f"! does not fit: {gigabytes(offered)} are available. max: the largest micro batch that does.")
         console.print(f"Tokens/s are predicted: {source}.", soft_wrap=True)
     return EXIT_FEASIBLE if any(row["largest_micro_batch_size"] for row in rows) else EXIT_INFEASIBLE
@@ -271,7 +274,7 @@ def comparison_row(row: dict[str, Any], offered_gb: float) -> list[str]:
     """One row of the comparison for people; ! marks what does not fit."""
     return [
         row["engine"].removeprefix("deepspeed "),
-        "on" if row["activation_checkpointing"] else "off",
+        row["activation_checkpointing"],
         *(f"{required:.1f}{' ' if required <= offered_gb else '!'}" for required in row["required_gb"].values()),
         str(row["largest_micro_batch_size"] or "–"),
         f"{row['tokens_per_second']:,}",
@@ -279,7 +282,7 @@ def comparison_row(row: dict[str, Any], offered_gb: float) -> list[str]:
 
 
 def choices(setup: Setup, config: Config) -> list[Setup]:
-    """The setup on every engine, with and without activation checkpointing; DeepSpeed as ds_config.json has it."""
+    """The setup on every engine, with every kind of activation checkpointing; DeepSpeed as ds_config.json has it."""
     zero = plan.make_setup(
         config.model,
         config.batch,
@@ -290,30 +293,44 @@ def choices(setup: Setup, config: Config) -> list[Setup]:
     ).sharding
     engines = [Sharding(), *(dataclasses.replace(zero, stage=stage) for stage in (1, 2))]
     changed = [dataclasses.replace(setup, sharding=sharding) for sharding in engines]
-    return [each.with_checkpointing(on) for each in changed for on in (False, True)]
+    return [each.with_checkpointing(kind) for each in changed for kind in ("none", "selective", "full")]
 
 
-def show_models(model: ModelConfig, console: Console, as_json: bool) -> int:
-    """Print every size alias with its exact counts, at the config's vocabulary and sequence length."""
+def show_models(model: ModelConfig, family: str, console: Console, as_json: bool) -> int:
+    """Print every size alias with its exact counts, at the config's vocabulary and sequence length.
+
+    Args:
+        family: of all of them; empty: each size's own.
+    """
+    wanted: Any = family
     shapes = {
-        size: dataclasses.replace(model, size=size, **dict.fromkeys(SHAPE, 0)).resolve()  # type: ignore[arg-type]
+        size: ModelConfig(family=wanted, size=size, vocab_size=model.vocab_size, seq_len=model.seq_len).resolve()
         for size in MODEL_SIZES
     }
     if as_json:
-        print(
-            json.dumps(
-                {
-                    size: {**{part: getattr(shape, part) for part in SHAPE}, "parameters": shape.n_parameters}
-                    for size, shape in shapes.items()
-                },
-                indent=1,
-            )
-        )
+        tree = {
+            size: {**{part: getattr(shape, part) for part in ("family", *SHAPE)}, "parameters": shape.n_parameters}
+            for size, shape in shapes.items()
+        }
+        print(json.dumps(tree, indent=1))
         return EXIT_FEASIBLE
-    head = ["size", "layers", "heads", "width", "d_ff", "parameters", "saved GB", "20 × N"]
+    head = [
+        "size",
+        "family",
+        "layers",
+        "heads",
+        "of keys",
+        "width",
+        "of a head",
+        "d_ff",
+        "parameters",
+        "saved GB",
+        "20 × N",
+    ]
     body = [
         [
             size,
+            shape.family,
             *(str(getattr(shape, part)) for part in SHAPE),
             f"{shape.n_parameters:,}",
             f"{plan.CHECKPOINT_BYTES * plan.padded_parameters(shape) / GB:.2f}",
@@ -321,8 +338,8 @@ def show_models(model: ModelConfig, console: Console, as_json: bool) -> int:
         ]
         for size, shape in shapes.items()
     ]
-    title = f"Vocabulary {model.vocab_size:,}, {model.seq_len} positions, head tied"
-    print_table(head, body, console, right=head[1:], title=title)
+    title = f"Vocabulary {model.vocab_size:,}, context {model.seq_len}; --family shows the sizes in another family"
+    print_table(["size", "family", *numbers], body, console, right=numbers, title=title)
     return EXIT_FEASIBLE
 
 

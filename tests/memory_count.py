@@ -1,14 +1,16 @@
 """An independent count of a training step's peak memory: torch's own tracker over fake tensors.
 
-The native engine takes its real step, with shapes and dtypes but no data. Two things differ from a GPU: attention is
+The native engine takes its real step, with shapes and dtypes but no data. Three things differ from a GPU: attention is
 torch's fused kernel for CPUs, which knows no dropout (a GPU's saves the same tensors: q, k, v, the output and the
-log-sum-exp), and dropout outside of it is called by its fused form, whose mask is a byte an element as on a GPU.
+log-sum-exp), and dropout outside of it is called by its fused form, whose mask is a byte an element as on a GPU; and
+RMSNorm saves its input and a number a row, as the fused kernel of GPUs, which CPUs don't have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -58,9 +60,27 @@ def _as_on_a_gpu() -> Iterator[None]:
     def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p and training else x
 
+    def rms_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor:
+        return FusedRMSNorm.apply(x, weight, eps)
+
     fused = {"sdpa": lambda q, k, v, dropout: sdpa_attention(q, k, v, 0.0)}
     with mock.patch.dict(KERNELS, fused), mock.patch("torch.nn.functional.dropout", dropout):
-        yield
+        with mock.patch("torch.nn.functional.rms_norm", rms_norm):
+            yield
+
+
+class FusedRMSNorm(torch.autograd.Function):
+    """The shapes and dtypes of a fused RMSNorm, forward and backward; its numbers mean nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight), None
 
 
 def _converted(module: nn.Module, what: torch.dtype | torch.device) -> nn.Module:

@@ -63,7 +63,7 @@ def test_speed_is_the_published_share_of_the_data_sheets_peak():
 
 
 def test_recomputing_costs_a_quarter_of_the_useful_rate():
-    on, off = (plan.expected_speed(setup_of().with_checkpointing(recomputes), H100) for recomputes in (True, False))
+    off, on = (plan.expected_speed(setup_of().with_checkpointing(kind), H100) for kind in ("none", "full"))
     assert on.mfu / off.mfu == pytest.approx(3 / 4) == on.tokens_per_second / off.tokens_per_second
     assert "activation checkpointing" in on.source
 
@@ -81,10 +81,14 @@ def test_a_gpu_without_units_for_the_precision_is_told():
 def test_what_would_fit_really_fits_and_the_cheapest_comes_first():
     setup = setup_of("7B", micro=16)
     assert not plan.budget(setup, H100).feasible
-    first, second = plan.mends(setup, H100)
-    assert (first, second) == ("--batch.micro_size 4", "--model.activation_checkpointing true --batch.micro_size 16")
+    assert plan.mends(setup, H100) == [
+        "--batch.micro_size 4",
+        "--model.loss_chunks 8 --batch.micro_size 4",
+        "--model.activation_checkpointing selective --batch.micro_size 4",
+        "--model.activation_checkpointing full --batch.micro_size 16",
+    ]
     assert plan.budget(setup.with_micro_size(4), H100).feasible
-    assert plan.budget(setup.with_checkpointing(True), H100).feasible
+    assert plan.budget(setup.with_checkpointing("full"), H100).feasible
     assert not plan.budget(setup.with_micro_size(8), H100).feasible
 
 
@@ -92,7 +96,7 @@ def test_where_no_setting_helps_more_or_larger_gpus_are_named():
     found = plan.mends(setup_of("8B", world_size=1), H100)
     more = dataclasses.replace(setup_of("8B", world_size=1), world_size=int(found[0].split()[1]))
     assert found[0].startswith("--gpus ")
-    assert plan.budget(more.with_checkpointing(True).with_micro_size(1), H100).feasible
+    assert plan.budget(more.with_checkpointing("full").with_micro_size(1), H100).feasible
     assert found[1].startswith("--gpu ")
 
 
@@ -149,12 +153,12 @@ def test_without_tokens_the_plan_asks_for_them(capsys):
     assert "Give --tokens 22B" in capsys.readouterr().err
 
 
-def test_the_comparison_has_every_engine_with_and_without_recomputing(capsys):
+def test_the_comparison_has_every_engine_with_every_kind_of_recomputing(capsys):
     rows = run_json(capsys, *BASE, "--compare")["rows"]
-    assert len(rows) == 6 and {row["engine"] for row in rows} == {"native", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
+    assert len(rows) == 9 and {row["engine"] for row in rows} == {"native", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
     text = run(capsys, *BASE, "--compare")[1]
     assert "95.3!" in text and "72.00 GB are available" in text
-    assert max(len(line) for line in text.splitlines()[:9]) <= 80
+    assert max(len(line) for line in text.splitlines()[:12]) <= 80
 
 
 def test_the_models_are_listed_with_exact_counts(capsys):
