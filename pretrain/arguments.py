@@ -22,6 +22,7 @@ from pretrain.config import Config
 from pretrain.config_checks import validate
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
+from pretrain.hf_source import starting_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "test"
@@ -126,6 +127,10 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     for field, names in SYNONYMS.items():
         if (written := str(settings.get(field)).lower()) in names:
             settings[field] = names[written]
+    if folder := str(settings.get("model.init_from") or ""):
+        # What stands beside it is meant for it; the file of another run gives way to it.
+        firm = from_cli if "model.init_from" in from_cli else settings
+        settings |= starting_settings(Path(folder), settings, firm)
     problems += yaml_problems + _value_problems(parser, settings)
     if problems:
         raise ConfigError(problems)

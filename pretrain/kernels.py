@@ -37,6 +37,8 @@ def choose_attention(requested: str, device: torch.device, dtype: torch.dtype, h
     raise ValueError(f"no attention kernel runs on {device}{passed_over}")
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()  # a model that only generates is built without, and the probe must see gradients
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why the kernel can't train here, or ''. Found by a tiny forward and backward pass against plain attention."""
     if name not in KERNELS:

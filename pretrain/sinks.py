@@ -69,7 +69,9 @@ class TensorBoardSink(Sink):
             self._writer.add_scalar(name, value, record["step"], record["time"])
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        if isinstance(fields.get("step"), int):
+        if kind == "sample":
+            self._writer.add_text("sample", _verbatim(f"{fields['prompt']}{fields['text']}"), fields["step"])
+        elif isinstance(fields.get("step"), int):
             self._writer.add_text(f"events/{kind}", _indented(fields), fields["step"])
 
     def summary(self, fields: Mapping[str, Any]) -> None:
@@ -81,8 +83,12 @@ class TensorBoardSink(Sink):
 
 
 def _indented(fields: Mapping[str, Any]) -> str:
-    """Fields as JSON in a Markdown code block, which TensorBoard shows as it stands."""
-    return "\n".join(f"    {line}" for line in json.dumps(fields, indent=2, default=str).splitlines())
+    return _verbatim(json.dumps(fields, indent=2, default=str))
+
+
+def _verbatim(text: str) -> str:
+    """A Markdown code block, which TensorBoard shows as it stands."""
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 class WandbSink(Sink):
@@ -142,6 +148,12 @@ class WandbSink(Sink):
     def write(self, record: Mapping[str, Any]) -> None:
         if self._run is not None:
             self._guard(self._run.log, {"step": record["step"], **_charts(record)})
+
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        if kind == "sample" and self._run is not None:
+            columns = ["step", "prompt", "text"]
+            table = self._wandb.Table(columns=columns, data=[[fields[name] for name in columns]])
+            self._guard(self._run.log, {"step": fields["step"], "sample": table})
 
     def summary(self, fields: Mapping[str, Any]) -> None:
         if self._run is not None:

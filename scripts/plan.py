@@ -314,19 +314,6 @@ def show_models(model: ModelConfig, family: str, console: Console, as_json: bool
         }
         print(json.dumps(tree, indent=1))
         return EXIT_FEASIBLE
-    head = [
-        "size",
-        "family",
-        "layers",
-        "heads",
-        "of keys",
-        "width",
-        "of a head",
-        "d_ff",
-        "parameters",
-        "saved GB",
-        "20 × N",
-    ]
     body = [
         [
             size,
@@ -338,6 +325,7 @@ def show_models(model: ModelConfig, family: str, console: Console, as_json: bool
         ]
         for size, shape in shapes.items()
     ]
+    numbers = ["layers", "heads", "of keys", "width", "of a head", "d_ff", "parameters", "saved GB", "20 × N"]
     title = f"Vocabulary {model.vocab_size:,}, context {model.seq_len}; --family shows the sizes in another family"
     print_table(["size", "family", *numbers], body, console, right=numbers, title=title)
     return EXIT_FEASIBLE

@@ -1,0 +1,41 @@
+"""torch.compile, where the machine has what it needs."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pretrain import log
+from pretrain.ranks import Ranks
+
+logger = log.get(__name__)
+
+
+def compile_model(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Have the model compiled at its first call, or say why it can't be and leave it as it is; all ranks alike.
+
+    The compiler is tried on a small function first: without a C++ compiler (CPU) or Triton (GPU) it would fail in the
+    middle of the first step.
+    """
+    problem = _problem(device)
+    if not ranks.any(bool(problem)):
+        model.compile()
+        logger.info("the model is compiled at its first step, which takes longer")
+    elif ranks.is_first:
+        reason = problem or "another rank can't"
+        logger.warning("train.compile: torch.compile can't work here (%s): going on without it", reason)
+
+
+def _problem(device: torch.device) -> str:
+    """Why the compiler doesn't work on the device, or ''."""
+
+    @torch.compile(fullgraph=True)
+    def probe(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).sin().sum()
+
+    try:
+        probe(torch.ones(8, device=device, requires_grad=True)).backward()
+    except (RuntimeError, ImportError, OSError) as error:  # the compiler's own errors are RuntimeErrors
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return ""
