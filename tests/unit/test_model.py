@@ -435,6 +435,8 @@ def test_auto_takes_sdpa_on_a_cpu_and_says_why_not_flash() -> None:
 
 def test_a_requested_kernel_is_taken_or_refused_with_the_reason() -> None:
     assert choose_attention("plain", CPU, torch.float32, 64)[0] == "plain"
+    with torch.inference_mode():  # whoever only evaluates
+        assert choose_attention("auto", CPU, torch.float32, 64)[0] == "sdpa"
     with pytest.raises(ValueError, match=r"'flash' can't run on cpu: it takes fp16 and bf16 on CUDA only"):
         choose_attention("flash", CPU, torch.float32, 64)
     with pytest.raises(ValueError, match="there is no such kernel, only flash, sdpa, plain"):
