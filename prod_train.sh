@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The real job: one process a GPU on one or several nodes. Start it again after a stop and it goes on by itself, from
-# the newest verified checkpoint.
+# The real job: one process a GPU on one or several nodes, supervised. After a crash, a hang, a kill or a bucket that
+# was away it starts again by itself, from the newest verified checkpoint; so does a start after a stop.
 #
 #   CHECKPOINTS=gs://bucket/Checkpoints bash prod_train.sh
 #   bash prod_train.sh --dry-run      print the launch command and the resolved config, start nothing
@@ -14,13 +14,16 @@
 #   PRECISION                 fp16, bf16 or fp32 (what the config says)
 #   CONFIG=production         configs/NAME.yaml or a path
 #   RUN                       name of the run (the config's name)
+#   MAX_RESTARTS=3            restarts in a row without a new checkpoint before it gives up; 0: none
+#   GRACE_S=0                 seconds from SIGTERM to SIGKILL; 0: as long as the save takes. Spot VMs give 15 to 30
 #
-# Further arguments pass on to train.py and win. Its exit code is this script's: 75 means "start me again".
+# Further arguments pass on to train.py and win. Its exit code is this script's: 75 means "start me again". SIGTERM and
+# Ctrl+C save at the next step and end with 75; a second one ends at once. See python -m pretrain.supervise --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 gpus_given="${GPUS:-}"
 GPUS="${GPUS:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
-CONFIG="${CONFIG:-production}"
+CONFIG="${CONFIG:-production}" MAX_RESTARTS="${MAX_RESTARTS:-3}" GRACE_S="${GRACE_S:-0}"
 
 say() { printf 'prod_train: %s\n' "$*" >&2; }
 # die WHAT MEND
@@ -45,6 +48,9 @@ whole='^[0-9]+$'
     "Number the nodes from 0 to $((NNODES - 1))"
 [[ "$NNODES" -eq 1 || -n "${MASTER_ADDR:-}" ]] || die "NNODES=$NNODES needs MASTER_ADDR" \
     "Give node 0's address on every node: MASTER_ADDR=10.0.0.1 MASTER_PORT=29500 NODE_RANK=0, 1, …"
+[[ "$MAX_RESTARTS" =~ $whole ]] || die "MAX_RESTARTS=$MAX_RESTARTS is not a number of restarts" \
+    "Give MAX_RESTARTS=3, say"
+[[ "$GRACE_S" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "GRACE_S=$GRACE_S is not a number of seconds" "Give GRACE_S=20, say"
 if [[ -z "${DATA:-}" ]]; then
     [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
         "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
@@ -69,6 +75,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}" # says which link failed, and nothing el
 # a lost peer ends the ranks that wait for it; otherwise they would hang for ever, and nobody would start them again
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 
+supervise=(.venv/bin/python -m pretrain.supervise "--max-restarts=$MAX_RESTARTS" "--grace-s=$GRACE_S" --)
 launch=(.venv/bin/python -m pretrain.launch "--nproc_per_node=$GPUS")
 if [[ "$NNODES" -gt 1 ]]; then
     launch+=("--nnodes=$NNODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT")
@@ -87,8 +94,8 @@ train+=("${arguments[@]}")
 
 if $dry_run; then
     echo "# launch command"
-    printf '%q ' "${launch[@]}" "${train[@]}"
+    printf '%q ' "${supervise[@]}" "${launch[@]}" "${train[@]}"
     printf '\n\n# resolved config on %d ranks\n' $((GPUS * NNODES))
     WORLD_SIZE=$((GPUS * NNODES)) exec .venv/bin/python "${train[@]}" --print_config
 fi
-exec "${launch[@]}" "${train[@]}"
+exec "${supervise[@]}" "${launch[@]}" "${train[@]}"

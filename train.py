@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Nothing up here imports torch, so that a wrong setting is told in half a second.
-from pretrain import log
+from pretrain import failpoints, log
 from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from_env
 from pretrain.config import Config
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, DivergenceError, TrainerError
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
+from pretrain.failpoints import failpoint
 from pretrain.reports import explain, report
 from pretrain.versions import check_versions
 
@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from model import GPT
     from pretrain.batches import Position
     from pretrain.checkpoint import CheckpointReader
+    from pretrain.divergence import Trouble, Watch
     from pretrain.engine.base import Engine
     from pretrain.history import LossTracker
     from pretrain.progress import DataOrder, Progress
@@ -44,8 +46,6 @@ if TYPE_CHECKING:
     from pretrain.stopping import StopRequest
 
 logger = log.get(__name__)
-
-FRESH_LOSS_MARGIN = 0.5  # nats: how far from ln(vocab_size) the first loss of a fresh model may be without a warning
 
 
 def main(argv: list[str]) -> int:
@@ -73,11 +73,16 @@ def main(argv: list[str]) -> int:
 
 def train(invocation: Invocation) -> int:
     """Build the run, take its steps, close it."""
+    from pretrain.processes import end_with_launcher
     from pretrain.stopping import stop_request
+    from pretrain.watchdog import watch
 
+    end_with_launcher()
     run = build(invocation)
     with run.metrics, stop_request() as stop:
-        loop(run, stop)
+        with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
+            run.beat = watchdog.beat
+            loop(run, stop)
         return close(run)
 
 
@@ -87,7 +92,9 @@ def train(invocation: Invocation) -> int:
 def build(invocation: Invocation) -> Run:
     """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
     from pretrain.corpus import fetch_corpus
+    from pretrain.divergence import Watch
     from pretrain.engine.build import build_engine
+    from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
     from pretrain.metrics import open_metrics
@@ -108,23 +115,20 @@ def build(invocation: Invocation) -> Run:
         seed=config.run.seed,
         eval_sequences=config.train.eval_sequences,
     )
-    model = build_model(config, device)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
+    model = build_model(config, device, me, fresh=checkpoint is None)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
-    history, progress = LossTracker(), Progress()
+    vocab_size = 0 if config.model.init_from else config.model.vocab_size
+    history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
     if checkpoint is not None:
-        progress = take_over(checkpoint, shapes, engine, corpus.order, history)
+        progress = take_over(checkpoint, model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
-    metrics = open_metrics(
-        config.log,
-        run_name,
-        settings=dataclasses.asdict(config),
-        total_steps=total_steps,
-        first_step=progress.step,
-        rank=me.rank,
+    steps = {"total_steps": total_steps, "first_step": progress.step}
+    metrics = open_metrics(config.log, run_name, settings=dataclasses.asdict(config), rank=me.rank, **steps)
+    return Run(
+        config, me, device, corpus, model, engine, keeper, metrics, history, watch, progress, total_steps, prediction
     )
-    return Run(config, me, device, corpus, engine, keeper, metrics, history, progress, total_steps, prediction)
 
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
@@ -134,17 +138,20 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     device = hardware.resolve_device(ranks.local_ranks()[0])
     hardware.check_precision(device, config.train.precision)
     me = ranks.join(device, config.train.timeout_minutes)
+    failpoints.arm(me.rank)
     log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
     return device, me
 
 
-def build_model(config: Config, device: torch.device) -> torch.nn.Module:
-    """The model on the device, with the same initial weights on every rank."""
+def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) -> GPT:
+    """The model on the device, with the same initial weights on every rank: seeded ones, or `model.init_from`'s."""
     import torch
 
     from model import GPT
+    from pretrain.compiler import compile_model
     from pretrain.engine.base import PRECISION_DTYPES
     from pretrain.kernels import choose_attention
+    from pretrain.pretrained import init_from
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
@@ -160,23 +167,27 @@ def build_model(config: Config, device: torch.device) -> torch.nn.Module:
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )
+    if fresh and shape.init_from:
+        init_from(model, Path(shape.init_from))
+        logger.info("weights from %s", shape.init_from)
     if config.train.compile:
-        model.compile()
+        compile_model(model, device, me)
     return model
 
 
 def take_over(
     checkpoint: CheckpointReader,
-    shapes: Mapping[str, tuple[int, ...]],
+    model: GPT,
     engine: Engine,
     order: DataOrder,
     history: LossTracker,
+    watch: Watch,
 ) -> Progress:
-    """Load a checkpoint into the engine and the history; returns where it stood."""
+    """Load a checkpoint into the engine, the history and the watch; returns where it stood."""
     from pretrain.progress import read_progress
 
-    checkpoint.check_shapes(shapes)
-    progress, state = read_progress(checkpoint, order, history)
+    checkpoint.check_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    progress, state = read_progress(checkpoint, order, history, watch)
     engine.load(checkpoint.parameter_state, state)
     logger.info("resumed %s: step %d, %s", checkpoint.folder.name, progress.step, progress.position)
     return progress
@@ -186,14 +197,24 @@ def take_over(
 
 
 def loop(run: Run, stop: StopRequest) -> None:
-    """Take steps until the last one, or until a rank is asked to stop; save on the way."""
+    """Take steps until the last one, or until a rank is asked to stop; save on the way, and go back on divergence."""
+    from pretrain.rollback import roll_back
+
     stream = run.corpus.batches.stream(run.progress.position, run.ranks.rank, run.ranks.world_size)
+    due = False
     with contextlib.closing(stream):
         while run.progress.step < run.total_steps and not run.stopped:
+            failpoint("loop.before_step")
             files_before = run.progress.files
-            take_step(run, stream)
-            if is_due(run, files_before):
+            trouble = take_step(run, stream)
+            failpoint("loop.after_step")
+            due = due or is_due(run, files_before)
+            if trouble:
+                roll_back(run, trouble)  # the stream goes on where it is: past the data of the trouble
                 save(run)
+            elif due and not run.watch.skipped_in_a_row:  # a row of skipped updates must not prune what is good
+                save(run)
+            due = due and bool(run.watch.skipped_in_a_row)
             run.record_events()
             run.keeper.check()
             run.stopped = run.ranks.any(bool(stop))
@@ -201,10 +222,11 @@ def loop(run: Run, stop: StopRequest) -> None:
         logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
 
 
-def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> None:
-    """One optimizer step, its validation and its record where they are due."""
+def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Trouble | None:
+    """One optimizer step, its validation and its record where they are due; what is wrong, if anything."""
     import torch
 
+    from pretrain.divergence import Observation
     from pretrain.optim import learning_rate
     from pretrain.progress import step_seed
 
@@ -221,43 +243,33 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> None:
 
     files = run.corpus.batches.files_processed(position)
     progress = run.progress.after_step(position, files, config.tokens_per_step, result.applied, step_s)
-    run.advance(progress, step_s, result.applied)
-    guard(run, result.applied, loss)
-    last = progress.step == run.total_steps
-    evaluates = run.corpus.validation is not None and (last or divides(config.train.eval_interval, progress.step))
+    begin = run.progress.position
+    run.advance(progress, step_s)
+    trouble = run.watch.observe(
+        Observation(progress.step, loss, result.grad_norm, lr, run.loss_scale, result.applied, begin)
+    )
+    first, last = progress.step == run.first_step + 1, progress.step == run.total_steps
+    evaluates = trouble is None and (last or divides(config.train.eval_interval, progress.step))
     if evaluates:
         evaluate(run)
-    if evaluates or last or divides(config.log.interval, progress.step) or progress.step == run.first_step + 1:
+    if first or last or evaluates or trouble or divides(config.log.interval, progress.step):
         run.record(result, loss, lr, step_s, data_wait_s, run.val_loss if evaluates else None)
-
-
-def guard(run: Run, applied: bool, loss: float) -> None:
-    """Say what looks wrong; stop where updates are skipped one after the other."""
-    step = run.progress.step
-    if not applied:
-        scale = f"; loss scale now {run.loss_scale:g}" if run.loss_scale else ""
-        logger.warning("step %d: the gradients are not finite, update skipped%s", step, scale)
-    if run.skipped_in_a_row >= run.config.train.max_skipped:
-        raise DivergenceError(
-            f"{run.skipped_in_a_row} updates in a row were not finite, up to step {step} (loss {loss:g})",
-            "Resume with a lower --lr or in bf16, from a checkpoint before it: none of them is touched.",
-        )
-    expected = math.log(run.config.model.vocab_size)
-    if step == 1 and abs(loss - expected) > FRESH_LOSS_MARGIN:
-        logger.warning("the first loss is %.2f; a fresh model starts near ln(vocab_size) = %.2f", loss, expected)
+    return trouble
 
 
 def evaluate(run: Run) -> None:
-    """The mean loss over the validation sequences, each rank taking its share."""
+    """The validation loss, and a sample; each where it is asked for."""
     import torch
 
-    total = count = 0.0
-    for sequences in torch.from_numpy(run.corpus.validation).split(run.config.batch.micro_size):
-        if len(sequences):  # there may be fewer sequences than ranks
-            total += run.engine.evaluate(sequences) * len(sequences)
-            count += len(sequences)
-    run.val_loss = run.ranks.mean(total) / run.ranks.mean(count)
-    run.history.validated(run.progress.step, run.val_loss)
+    if run.corpus.validation is not None:
+        total = count = 0.0
+        for sequences in torch.from_numpy(run.corpus.validation).split(run.config.batch.micro_size):
+            if len(sequences):  # there may be fewer sequences than ranks, which share them
+                total += run.engine.evaluate(sequences) * len(sequences)
+                count += len(sequences)
+        run.val_loss = run.ranks.mean(total) / run.ranks.mean(count)
+        run.history.validated(run.progress.step, run.val_loss)
+    run.sample()
 
 
 def divides(interval: int, number: int) -> bool:
@@ -277,7 +289,9 @@ def save(run: Run) -> None:
     from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
-    documents = checkpoint_documents(run.progress, run.engine.state(), run.history, run.corpus.order, run.about)
+    documents = checkpoint_documents(
+        run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch
+    )
     documents["config.yaml"] = to_yaml(run.config)
     if run.corpus.tokenizer is not None:
         documents[TOKENIZER_NAME] = run.corpus.tokenizer

@@ -70,6 +70,20 @@ class Batches:
         """Shards taken to the end since the run began."""
         return position.epoch * len(self.shards) + position.shard
 
+    def shards_between(self, begin: Position, end: Position) -> list[str]:
+        """Names of the shards that the windows from one position up to another begin in, in the order they come."""
+        names: dict[str, None] = {}
+        epoch, last = self._epoch(begin.epoch), self._epoch(end.epoch).taken(end)
+        taken = epoch.taken(begin)
+        while (epoch.number, taken) < (end.epoch, last):
+            if taken >= self.windows_per_epoch:
+                epoch, taken = self._epoch(epoch.number + 1), 0
+                continue
+            shard = int(np.searchsorted(epoch.starts, epoch.window(taken) * self.seq_len, side="right")) - 1
+            names[self.shards[int(epoch.order[shard])].name] = None
+            taken += 1
+        return list(names)
+
     def take(self, position: Position, rank: int, world_size: int) -> tuple[np.ndarray, Position]:
         """One rank's windows of the step at `position`, and the position after the step.
 

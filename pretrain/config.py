@@ -114,9 +114,9 @@ class TrainConfig:
     spikes are left alone. 8 or more is a sensible value."""
     spike_window: int = 64
     """Steps before it that a loss is compared with."""
-    hang_timeout_s: float = 1800.0
+    hang_timeout_s: float = 600.0
     """Seconds without a step after which a rank writes the stacks of its threads to the log and ends, for the
-    supervisor to start again; 0: it waits for ever."""
+    supervisor to start again; longer than the slowest step with its validation and its save. 0: it waits for ever."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
 

@@ -75,7 +75,7 @@ class CheckpointError(TrainerError):
 
 
 class DivergenceError(TrainerError):
-    """The loss or the gradients stopped being finite and stayed so."""
+    """The loss or the gradients stopped being finite, or the loss spiked, and going back did not help."""
 
     exit_code = 6
     kind = "diverged"

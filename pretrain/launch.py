@@ -6,7 +6,11 @@ Takes torchrun's options. What torchrun does otherwise:
 - its exit code is 1 whatever happened; here it is the code of the worker that failed first (128 + n for signal n);
 - SIGTERM makes it forget how the workers ended; here it is passed on to them, and their 75 comes back. The same for
   Ctrl+C, which doesn't reach them by itself: each worker leads a session of its own;
-- it gives each worker one thread; here the cores are shared out.
+- it gives each worker one thread; here the cores are shared out;
+- when a worker fails it leaves the others 30 s to end, whatever --shutdown-timeout says; here 5 s or what that says, so
+  that a worker that is stopped (SIGSTOP, a hung driver) doesn't hold up the restart. Then comes SIGKILL.
+
+Ranks end with the launcher, kill -9 included; and the launcher ends with the supervisor (pretrain.supervise).
 """
 
 from __future__ import annotations
@@ -24,17 +28,19 @@ from collections.abc import Iterator, Mapping
 
 import psutil
 from torch.distributed import DistError
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser
 
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
+from pretrain.processes import LAUNCHER_PID
+from pretrain.stopping import SIGNALS, is_nohup
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()}  # the worker has printed its line
 LOOPBACK = "127.0.0.1"
+SHUTDOWN_S = 5  # when one worker has failed, nothing that the others do can end well: their peer is gone
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     options.signals_to_handle = "SIGQUIT"  # the agent forgets the workers' exit codes on a signal that it handles
     if options.redirects == options.tee == "0":
         options.log_dir = options.log_dir or os.devnull  # or each start leaves a folder behind in /tmp
-    with _pass_on_signals() as received, _quiet_agent():
+    seconds = SHUTDOWN_S if options.shutdown_timeout is None else options.shutdown_timeout
+    with _pass_on_signals() as received, _quiet_agent(), _closing_within(seconds), _known_to_workers():
         config, command, arguments = config_from_args(options)
         try:
             elastic_launch(config, command)(*arguments)
@@ -95,7 +102,8 @@ def _pass_on_signals() -> Iterator[list[int]]:
     thread = threading.Thread(target=_forward, args=(reader, received, set(psutil.Process().children())), daemon=True)
     thread.start()
     wakeup = signal.set_wakeup_fd(writer.fileno())
-    handlers = {signum: signal.signal(signum, lambda _signum, _frame: None) for signum in FORWARDED}
+    heard = [signum for signum in SIGNALS if not is_nohup(signum)]
+    handlers = {signum: signal.signal(signum, lambda _signum, _frame: None) for signum in heard}
     try:
         yield received
     finally:
@@ -111,7 +119,7 @@ def _forward(signals: socket.socket, received: list[int], others: set[psutil.Pro
     """Pass on each signal number that comes down the pipe, until it is closed; `others` are children but no workers."""
     while number := signals.recv(1):
         signum = number[0]
-        if signum not in FORWARDED:
+        if signum not in SIGNALS:
             continue
         received.append(signum)
         workers = set(psutil.Process().children()) - others
@@ -123,12 +131,38 @@ def _forward(signals: socket.socket, received: list[int], others: set[psutil.Pro
 
 
 @contextlib.contextmanager
+def _known_to_workers() -> Iterator[None]:
+    """Tell the workers who started them, so that they notice if it is gone."""
+    os.environ[LAUNCHER_PID] = str(os.getpid())
+    try:
+        yield
+    finally:
+        del os.environ[LAUNCHER_PID]
+
+
+@contextlib.contextmanager
+def _closing_within(seconds: int) -> Iterator[None]:
+    """Have the agent send SIGKILL so many seconds after SIGTERM when a worker has failed: it closes without a timeout
+    of its own there, and PContext's default is no option."""
+    close = PContext.close
+
+    def close_in_time(self: PContext, death_sig: signal.Signals | None = None, timeout: int = seconds) -> None:
+        close(self, death_sig, timeout)
+
+    PContext.close = close_in_time  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PContext.close = close  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _quiet_agent() -> Iterator[None]:
     """Keep the agent's report of a worker's end off the terminal: the worker has said it, or _exit_code will."""
     logger = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
 
     def is_news(record: logging.LogRecord) -> bool:
-        return not str(record.msg).startswith(("failed (exitcode", "Sending process"))
+        return not str(record.msg).startswith(("failed (exitcode", "Sending process", "Unable to shutdown"))
 
     logger.addFilter(is_news)
     try:

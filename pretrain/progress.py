@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.batches import Position
 from pretrain.checkpoint import CheckpointReader
 from pretrain.checkpoint_manifest import CheckpointName
+from pretrain.divergence import Watch
 from pretrain.engine.base import EngineState
 from pretrain.errors import CheckpointError
 from pretrain.history import LossTracker
@@ -62,8 +63,10 @@ class Progress:
         position: where the next step's windows begin.
         files: shards taken to the end.
         tokens: target tokens trained on.
-        skipped_updates: steps whose update was left out because it was not finite.
+        skipped_updates: steps whose update was left out because it was not finite, also those that a roll-back undid.
         seconds: spent in steps, over all restarts; evaluation and waiting for checkpoints not counted.
+        rollbacks: times that the run went back to a checkpoint because it diverged.
+        windows_passed_over: sequences that were read and are not trained on, because of these.
     """
 
     step: int = 0
@@ -72,6 +75,8 @@ class Progress:
     tokens: int = 0
     skipped_updates: int = 0
     seconds: float = 0.0
+    rollbacks: int = 0
+    windows_passed_over: int = 0
 
     @property
     def checkpoint_name(self) -> CheckpointName:
@@ -92,12 +97,18 @@ class Progress:
 
 
 def checkpoint_documents(
-    progress: Progress, engine: EngineState, history: LossTracker, order: DataOrder, about: Mapping[str, Any]
+    progress: Progress,
+    engine: EngineState,
+    history: LossTracker,
+    order: DataOrder,
+    about: Mapping[str, Any],
+    watch: Watch | None = None,
 ) -> dict[str, str]:
     """The JSON documents of a checkpoint, by file name.
 
     Args:
         about: what is constant in a run (its name, the model, the machine), for metadata.json.
+        watch: for divergence.
     """
     measured = history.state()
     trainer_state = {
@@ -105,12 +116,16 @@ def checkpoint_documents(
         "engine": engine.to_json(),
         "order": asdict(order),
         "history": measured,
+        "divergence": watch.state() if watch else {},
     }
     completed = {
         "completed_steps": progress.step,
         "total_epochs": progress.position.epoch,
         "files_processed": progress.files,
         "tokens": progress.tokens,
+        "rollbacks": progress.rollbacks,
+        "windows_passed_over": progress.windows_passed_over,
+        "tokens_passed_over": progress.windows_passed_over * order.seq_len,
     }
     metadata = {
         "step": progress.step,
@@ -125,8 +140,12 @@ def checkpoint_documents(
     return {name: json.dumps(tree, indent=1) + "\n" for name, tree in trees.items()}
 
 
-def read_progress(reader: CheckpointReader, order: DataOrder, history: LossTracker) -> tuple[Progress, EngineState]:
-    """What a checkpoint says a resume goes on from; `history` takes over its own part.
+def read_progress(
+    reader: CheckpointReader, order: DataOrder, history: LossTracker, watch: Watch | None = None
+) -> tuple[Progress, EngineState]:
+    """What a checkpoint says a resume goes on from; `history` and `watch` take over their own parts.
+
+    What a version before 0.2 did not save (roll-backs, the watch) begins anew.
 
     Raises:
         CheckpointError: the state is of another version, or of another data order.
@@ -137,6 +156,8 @@ def read_progress(reader: CheckpointReader, order: DataOrder, history: LossTrack
         saved = dict(tree["progress"])
         progress = Progress(**{**saved, "position": Position(**saved["position"])})
         history.restore(tree["history"])
+        if watch:
+            watch.restore(tree.get("divergence", {}))
         return progress, EngineState(**tree["engine"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(

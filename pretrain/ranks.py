@@ -26,7 +26,7 @@ from pretrain.errors import ConfigError, TrainerError
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
-BACKGROUND_TIMEOUT = timedelta(hours=24)  # a slow upload is not a dead rank; the launcher ends what is dead
+BACKGROUND_TIMEOUT = timedelta(hours=3)  # a slow upload is not a dead rank; the launcher ends what is dead
 
 
 @dataclass(frozen=True)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from model import GPT
 from pretrain import budget, log
 from pretrain.budget import Prediction
 from pretrain.config import Config
 from pretrain.corpus import Corpus
+from pretrain.divergence import Watch
 from pretrain.engine.base import Engine, StepResult
 from pretrain.errors import StorageError
+from pretrain.generation import sample_text
 from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
@@ -30,15 +34,17 @@ class Run:
 
     Args:
         device: this rank's.
+        model: the bare module inside the engine.
+        watch: for divergence.
         total_steps: step at which the run ends.
         prediction: of memory and speed; None on a CPU.
+        beat: told the number of each step that has ended; the watchdog listens.
 
     Attributes:
-        first_step: step at which this process began.
+        first_step: step at which this process began, or went back to where that is lower.
         flops_per_token: of training, model FLOPs.
         peak_flops: of one rank's device, FLOP/s.
         about: what is constant in a run, for metadata.json.
-        skipped_in_a_row: updates left out one after the other, up to now.
         stopped: whether a signal ended the loop.
         timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
         val_loss: of the last validation.
@@ -48,18 +54,20 @@ class Run:
     ranks: Ranks
     device: torch.device
     corpus: Corpus
+    model: GPT
     engine: Engine
     keeper: Keeper
     metrics: Metrics
     history: LossTracker
+    watch: Watch
     progress: Progress
     total_steps: int
     prediction: Prediction | None = None
-    skipped_in_a_row: int = 0
     stopped: bool = False
     timed_steps: int = 0
     timed_seconds: float = 0.0
     val_loss: float | None = None
+    beat: Callable[[int], None] = lambda _step: None
 
     def __post_init__(self) -> None:
         precision = self.config.train.precision
@@ -83,10 +91,10 @@ class Run:
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
-    def advance(self, progress: Progress, step_s: float, applied: bool) -> None:
+    def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""
+        self.beat(progress.step)
         self.progress = progress
-        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
         if progress.step > self.first_step + 1:
             self.timed_steps += 1
             self.timed_seconds += step_s
@@ -135,6 +143,16 @@ class Run:
             }
         )
 
+    def sample(self) -> None:
+        """Have the model continue `log.sample_prompt`, where there is one. Every rank must call it."""
+        prompt, step, tokenizer = self.config.log.sample_prompt, self.progress.step, self.corpus.tokenizer
+        if not prompt or tokenizer is None:
+            return
+        text = sample_text(self.model, tokenizer, prompt, self.config.log.sample_tokens, self.config.run.seed)
+        self.metrics.event("sample", step=step, prompt=prompt, text=text)
+        if self.ranks.is_first:
+            logger.info("step %d, sample: %s", step, f"{prompt}{text}".replace("\n", "⏎"))
+
     def record_events(self) -> None:
         """Record what happened to checkpoints in the background."""
         for kind, fields in self.keeper.events():
@@ -153,6 +171,9 @@ class Run:
             "shards_skipped": len(self.corpus.skipped_shards),
             "skipped_shard_names": list(self.corpus.skipped_shards),
             "updates_skipped": progress.skipped_updates,
+            "rollbacks": progress.rollbacks,
+            "windows_passed_over": progress.windows_passed_over,
+            "tokens_passed_over": progress.windows_passed_over * self.config.model.seq_len,
             "first_loss": self.history.first_loss,
             "last_loss": self.history.current_loss,
             "val_loss": self.history.validation_loss,

@@ -61,7 +61,8 @@ class TensorBoardSink(Sink):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(f"log.tensorboard is on: {error}", "bash setup_env.sh, or --no-tensorboard") from error
-        self._writer: Any = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._writer: Any = self._open(first_step)
         self._writer.add_text("settings", _indented(settings), first_step)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -71,7 +72,11 @@ class TensorBoardSink(Sink):
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         if kind == "sample":
             self._writer.add_text("sample", _verbatim(f"{fields['prompt']}{fields['text']}"), fields["step"])
-        elif isinstance(fields.get("step"), int):
+            return
+        if kind == "rolled_back":  # the steps beyond are taken again
+            self._writer.close()
+            self._writer = self._open(fields["step"])
+        if isinstance(fields.get("step"), int):
             self._writer.add_text(f"events/{kind}", _indented(fields), fields["step"])
 
     def summary(self, fields: Mapping[str, Any]) -> None:
@@ -151,9 +156,12 @@ class WandbSink(Sink):
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
         if kind == "sample" and self._run is not None:
-            columns = ["step", "prompt", "text"]
-            table = self._wandb.Table(columns=columns, data=[[fields[name] for name in columns]])
-            self._guard(self._run.log, {"step": fields["step"], "sample": table})
+            self._guard(self._show_sample, fields)
+
+    def _show_sample(self, fields: Mapping[str, Any]) -> None:
+        columns = ["step", "prompt", "text"]
+        table = self._wandb.Table(columns=columns, data=[[fields[name] for name in columns]])
+        self._run.log({"step": fields["step"], "sample": table})
 
     def summary(self, fields: Mapping[str, Any]) -> None:
         if self._run is not None:

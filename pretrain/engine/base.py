@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from pretrain.failpoints import failpoint
+
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -78,6 +80,18 @@ def split_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]
     """(inputs, targets), each int64 (B, T) on the device, of windows of tokens (B, T + 1)."""
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
+
+
+def watched(loss: Tensor) -> Tensor:
+    """The loss of one micro-batch to go backward from; every engine passes each through here.
+
+    A loss that is not finite can have finite gradients (cross entropy's are a difference of probabilities). Here it
+    makes each of them NaN: then the check of the reduced gradients leaves the update out on every rank, also where one
+    rank alone had it, without a message of its own. A finite loss is multiplied by 1.
+    """
+    if failpoint("loss.poison"):
+        loss = loss * torch.nan
+    return loss * torch.where(loss.detach().isfinite(), torch.ones_like(loss), torch.nan)
 
 
 @torch.no_grad()

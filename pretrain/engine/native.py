@@ -20,6 +20,7 @@ from pretrain.engine.base import (
     StepResult,
     evaluate,
     split_targets,
+    watched,
     zero_moments,
 )
 from pretrain.optim import LossScale, build_adamw, parameter_groups
@@ -70,7 +71,7 @@ class NativeEngine:
             group["lr"] = lr
         losses = []
         for tokens in micro_batches:
-            loss = self._module(*split_targets(tokens, self._device))
+            loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
             self._collect_gradients()

@@ -28,6 +28,7 @@ from pretrain.engine.base import (
     StepResult,
     evaluate,
     split_targets,
+    watched,
     zero_moments,
 )
 from pretrain.optim import LossScale, build_adamw, parameter_groups
@@ -128,7 +129,7 @@ class ZeroEngine:
             group["lr"] = lr
         losses = []
         for tokens in micro_batches:
-            loss = self._engine(*split_targets(tokens, self._device))
+            loss = watched(self._engine(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
             self._engine.backward(loss)
             self._engine.step()  # DeepSpeed updates at the last micro-batch, and only counts before it

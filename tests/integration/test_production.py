@@ -112,6 +112,7 @@ def test_prod_train_trains_on_two_ranks_and_goes_on_where_it_ended(machine, buck
 
 def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine):
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "DATA": "gs://b/a b", "PRECISION": "bf16"}
+    variables |= {"MAX_RESTARTS": "5", "GRACE_S": "20"}
     done = machine.run("prod_train.sh", "--dry-run", "--lr", "3e-4", CHECKPOINTS="gs://b/Checkpoints", **variables)
     assert done.code == 0, done.output
     head, _, config = done.output.partition("\n# resolved config on 16 ranks\n")
@@ -120,8 +121,9 @@ def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine)
     launcher = "--nproc_per_node=8 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=29500"
     options = ["--config", "production", "--data", "gs://b/a b", "--precision", "bf16"]
     options += ["--checkpoints", "gs://b/Checkpoints", "--resume", "auto", "--lr", "3e-4"]
+    supervisor = [".venv/bin/python", "-m", "pretrain.supervise", "--max-restarts=5", "--grace-s=20", "--"]
     expected = [".venv/bin/python", "-m", "pretrain.launch", *launcher.split(), "train.py", *options]
-    assert shlex.split(command) == expected
+    assert shlex.split(command) == supervisor + expected
     resolved = parse(options, world_size=16).config
     assert config == to_yaml(resolved)
     assert (resolved.model.size, resolved.batch.accumulation(16), resolved.optim.lr) == ("1.2B", 1, 3e-4)
@@ -136,6 +138,8 @@ def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine)
         ({"NNODES": "0"}, ["NNODES=0 is not a number of nodes"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "x"}, ["NODE_RANK=2", "from 0 to 1"]),
         ({"NNODES": "2"}, ["NNODES=2 needs MASTER_ADDR"]),
+        ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS=-1 is not a number of restarts"]),
+        ({"GRACE_S": "20s"}, ["GRACE_S=20s is not a number of seconds", "GRACE_S=20"]),
         ({}, ["no NVIDIA GPU on this machine", "GPUS=2 PRECISION=bf16"]),
         ({"GPUS": "4", "gpus": "echo 'GPU 0: A'; echo 'GPU 1: B'"}, ["GPUS=4, but this machine has 2", "GPUS=2"]),
     ],

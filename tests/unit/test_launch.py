@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pretrain import launch
+from pretrain.processes import LAUNCHER_PID
 
 FAILS_ON_RANK_1 = """
 import os, signal, sys, time
@@ -27,6 +29,9 @@ from pathlib import Path
 
 def stop(signum, frame):
     Path(sys.argv[1], f"{os.environ['RANK']}-{signal.Signals(signum).name}").touch()
+    deadline = time.monotonic() + 20
+    while len(list(Path(sys.argv[1]).glob("?-SIG*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)  # the agent ends the others when the first has ended
     os._exit(75)
 
 signal.signal(signal.SIGTERM, stop)
@@ -38,6 +43,16 @@ while not all(path.exists() for path in ready):
 if os.environ["RANK"] == "0":
     os.kill(os.getppid(), signal.SIGNAL)
 time.sleep(60)
+"""
+FAILS_BESIDE_A_STOPPED_RANK = """
+import os, signal, sys, time
+import psutil
+
+if os.environ["RANK"] == "0":
+    os.kill(os.getpid(), signal.SIGSTOP)
+while not any(process.status() == "stopped" for process in psutil.Process(os.getppid()).children()):
+    time.sleep(0.01)
+sys.exit(6)
 """
 
 
@@ -135,6 +150,30 @@ def test_a_port_in_use_is_one_line_and_exit_code_2(run, capsys, caplog):
 def test_nothing_is_left_in_the_temporary_folder(run, tmp_path):
     assert run("") == 0
     assert [path.name for path in Path(tmp_path).iterdir()] == ["worker.py"]
+
+
+@pytest.mark.parametrize(("default_s", "flags"), [(1, ()), (300, ("--shutdown-timeout=1",))], ids=["", "by option"])
+def test_a_stopped_worker_does_not_hold_up_the_end(run, monkeypatch, capfd, default_s, flags):
+    """SIGTERM doesn't wake a stopped process; torchrun would wait for 30 s."""
+    monkeypatch.setattr(launch, "SHUTDOWN_S", default_s)
+    started = time.monotonic()
+    assert run(FAILS_BESIDE_A_STOPPED_RANK, flags=flags) == 6
+    assert time.monotonic() - started < 20
+    assert capfd.readouterr().err == ""
+
+
+def test_workers_know_their_launcher_and_nobody_does_afterwards(run, tmp_path):
+    script = "import os, sys\nassert os.environ['PRETRAIN_LAUNCHER_PID'] == str(os.getppid())"
+    assert run(script, ranks=1) == 0
+    assert LAUNCHER_PID not in os.environ
+
+
+def test_under_nohup_a_closed_terminal_ends_no_worker(run):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("import os, signal\nos.kill(os.getppid(), signal.SIGHUP)\nsignal.raise_signal(signal.SIGHUP)") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def _failure(code: int):

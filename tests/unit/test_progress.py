@@ -9,6 +9,8 @@ import torch
 from pretrain.batches import Position
 from pretrain.checkpoint import CheckpointReader
 from pretrain.checkpoint_manifest import CheckpointName
+from pretrain.config import TrainConfig
+from pretrain.divergence import Observation, Watch
 from pretrain.engine.base import EngineState
 from pretrain.errors import CheckpointError
 from pretrain.history import LossTracker
@@ -16,7 +18,9 @@ from pretrain.progress import TRAINER_STATE_FILE, DataOrder, Progress, checkpoin
 from tests.helpers_training import write_checkpoint
 
 ORDER = DataOrder("f1n9e7", seed=3, seq_len=128, shuffle_shards=2)
-PROGRESS = Progress(40, Position(1, 2, 30), files=12, tokens=5120, skipped_updates=2, seconds=7.5)
+PROGRESS = Progress(
+    40, Position(1, 2, 30), files=12, tokens=5120, skipped_updates=2, seconds=7.5, rollbacks=1, windows_passed_over=16
+)
 ENGINE = EngineState(38, 2048.0, 5)
 
 
@@ -44,10 +48,44 @@ def test_what_a_checkpoint_says_is_what_a_resume_reads(tmp_path):
     assert history.state() == history_of(5.0, 4.0, 4.5).state()
 
 
+def test_what_the_watch_remembers_is_resumed(tmp_path):
+    watch = watched_until_skipped()
+    trees = checkpoint_documents(PROGRESS, ENGINE, history_of(5.0), ORDER, {}, watch)
+    resumed = Watch(TrainConfig(spike_threshold=8.0), 0)
+    read_progress(reader_of(tmp_path, trees), ORDER, LossTracker(), resumed)
+    assert resumed.state() == watch.state() and resumed.skipped_in_a_row == 1
+
+
+def watched_until_skipped():
+    watch = Watch(TrainConfig(spike_threshold=8.0), 0)
+    for step, applied in ((1, True), (2, False)):
+        watch.observe(Observation(step, 5.0, 1.0, 1e-3, None, applied, Position()))
+    return watch
+
+
+def test_a_checkpoint_of_a_version_without_roll_backs_is_read(tmp_path):
+    trees = documents()
+    tree = json.loads(trees[TRAINER_STATE_FILE])
+    del tree["divergence"], tree["progress"]["rollbacks"], tree["progress"]["windows_passed_over"]
+    watch = Watch(TrainConfig(), 0)
+    reader = reader_of(tmp_path, {**trees, TRAINER_STATE_FILE: json.dumps(tree)})
+    progress, _ = read_progress(reader, ORDER, LossTracker(), watch)
+    assert progress == replace(PROGRESS, rollbacks=0, windows_passed_over=0)
+    assert watch.skipped_in_a_row == 0 and not watch.passed_over
+
+
 def test_the_documents_that_people_and_tools_read():
     trees = {name: json.loads(text) for name, text in documents(system_info={"device_count": 1}).items()}
     assert set(trees) == {TRAINER_STATE_FILE, "metadata.json", "training_metrics.json"}
-    completed = {"completed_steps": 40, "total_epochs": 1, "files_processed": 12, "tokens": 5120}
+    completed = {
+        "completed_steps": 40,
+        "total_epochs": 1,
+        "files_processed": 12,
+        "tokens": 5120,
+        "rollbacks": 1,
+        "windows_passed_over": 16,
+        "tokens_passed_over": 16 * 128,
+    }
     for name in ("metadata.json", "training_metrics.json"):
         tree = trees[name]
         assert tree["step"] == 40 and tree["training_progress"] == completed
@@ -111,7 +149,7 @@ def test_a_state_that_is_no_json_or_is_not_there_is_one_clear_error(tmp_path):
 
 def test_a_step_moves_progress_on():
     after = PROGRESS.after_step(Position(1, 3, 0), files=13, tokens=128, applied=True, seconds=0.5)
-    assert after == Progress(41, Position(1, 3, 0), 13, 5248, 2, 8.0)
+    assert after == Progress(41, Position(1, 3, 0), 13, 5248, 2, 8.0, 1, 16)
     skipped = PROGRESS.after_step(Position(1, 3, 0), files=13, tokens=128, applied=False, seconds=0.5)
     assert skipped == replace(after, skipped_updates=3)
 

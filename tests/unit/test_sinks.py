@@ -65,6 +65,9 @@ class FakeWandb:
     def Settings(self, **settings):
         return settings
 
+    def Table(self, columns, data):
+        return SimpleNamespace(columns=columns, data=data)
+
     def init(self, **options):
         self.starts.append(options)
         self._called(f"init {options['mode']}")
@@ -180,3 +183,31 @@ def test_a_missing_package_is_a_config_error_with_its_switch(tmp_path, monkeypat
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ConfigError, match=switch):
         make(tmp_path)
+
+
+SAMPLE = {"step": 3, "prompt": "Once", "text": " upon\na time"}
+
+
+def test_wandb_gets_samples_as_a_table(wandb, tmp_path):
+    fake = wandb()
+    sink = open_wandb(tmp_path)
+    sink.event("sample", SAMPLE)
+    sink.event("checkpoint_saved", {"step": 3, "name": "n"})
+    (logged,) = fake.logged
+    assert logged["step"] == 3 and logged["sample"].data == [[3, "Once", " upon\na time"]]
+
+
+def test_tensorboard_shows_a_sample_as_text_and_takes_back_what_a_roll_back_abandons(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sink = TensorBoardSink(tmp_path, {}, 0)
+    for step in (1, 2, 3):
+        sink.write({"step": step, "time": 1.0 * step, "loss": 9.0})
+    sink.event("sample", SAMPLE)
+    sink.event("rolled_back", {"step": 1, "reason": "spike"})
+    sink.write({"step": 2, "time": 5.0, "loss": 8.0})
+    sink.close()
+    found = EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(point.step, point.value) for point in found.Scalars("train/loss")] == [(1, 9.0), (2, 8.0)]
+    assert "sample/text_summary" in found.Tags()["tensors"]

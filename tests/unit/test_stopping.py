@@ -27,6 +27,14 @@ def request_(now, monkeypatch):
     return StopRequest(clock=lambda: now[0])
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def test_no_signal_no_request(request_):
     assert not request_ and request_.signal_name == ""
 
@@ -41,6 +49,28 @@ def test_a_duplicate_of_the_same_request_is_no_second_one(request_, now):
     now[0] += SAME_REQUEST_S
     request_.receive(signal.SIGTERM)
     assert request_.signal_name == "SIGINT"
+
+
+def test_what_must_be_done_before_a_sudden_end_is_done(now, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "_exit", lambda code: done.append(code))
+    request = StopRequest(clock=lambda: now[0], at_second=lambda: done.append("children killed"))
+    request.receive(signal.SIGTERM)
+    assert done == []
+    now[0] += SAME_REQUEST_S + 0.01
+    request.receive(signal.SIGTERM)
+    assert done == ["children killed", 143]
+
+
+def test_a_process_under_nohup_goes_on_when_its_terminal_is_closed():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_request() as request:
+            signal.raise_signal(signal.SIGHUP)
+            assert not request
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -61,7 +91,7 @@ def test_duplicates_do_not_put_off_the_second_request(request_, now):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_real_signal_is_caught_inside_the_block_and_handlers_come_back(number):
+def test_a_real_signal_is_caught_inside_the_block_and_handlers_come_back(number, terminal):
     before = {each: signal.getsignal(each) for each in SIGNALS}
     with stop_request() as request:
         assert not request

@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import logging
-import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import train
-from pretrain.config import CheckpointConfig, Config, TrainConfig
-from pretrain.errors import DivergenceError
+from pretrain.config import CheckpointConfig, Config
 
 
 def test_ctrl_c_before_the_first_step_is_a_stop(monkeypatch, capsys):
@@ -60,33 +57,6 @@ def test_a_checkpoint_is_due_by_files_or_by_steps(every_files, every_steps, file
     assert due == expected
 
 
-def guarded(step, skipped_in_a_row, applied, loss):
-    config = Config(train=TrainConfig(max_skipped=3))
-    progress = SimpleNamespace(step=step)
-    run = SimpleNamespace(config=config, progress=progress, skipped_in_a_row=skipped_in_a_row, loss_scale=512.0)
-    train.guard(run, applied, loss)
-
-
-def test_a_skipped_update_is_said_and_too_many_in_a_row_stop_the_run(monkeypatch, caplog):
-    monkeypatch.setattr(logging.getLogger("pretrain"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        guarded(7, 2, applied=False, loss=4.0)
-        assert "step 7" in caplog.text and "update skipped" in caplog.text and "512" in caplog.text
-        with pytest.raises(DivergenceError, match="3 updates in a row were not finite, up to step 8") as caught:
-            guarded(8, 3, applied=False, loss=math.nan)
-    assert caught.value.exit_code == 6
-
-
-@pytest.mark.parametrize(
-    ("step", "loss", "warns"), [(1, 10.9, False), (1, 12.0, True), (1, 2.0, True), (2, 2.0, False)]
-)
-def test_a_first_loss_far_from_that_of_a_fresh_model_is_said(monkeypatch, caplog, step, loss, warns):
-    monkeypatch.setattr(logging.getLogger("pretrain"), "propagate", True)
-    with caplog.at_level(logging.WARNING):
-        guarded(step, 0, applied=True, loss=loss)
-    assert ("a fresh model starts near ln(vocab_size) = 10.82" in caplog.text) is warns
-
-
 class Alone:
     """Ranks of which the others contribute what is told."""
 
@@ -109,6 +79,7 @@ def test_the_validation_loss_is_the_mean_over_sequences(sequences):
         ranks=Alone(),
         history=SimpleNamespace(validated=lambda step, loss: validated.append((step, loss))),
         progress=SimpleNamespace(step=9),
+        sample=lambda: None,
     )
     train.evaluate(run)
     assert run.val_loss == pytest.approx(tokens.mean())
@@ -126,6 +97,7 @@ def test_a_rank_without_validation_sequences_takes_nothing_from_the_mean():
         ranks=Alone(others=[6.0, 2.0]),  # another rank's total and count
         history=SimpleNamespace(validated=lambda step, loss: None),
         progress=SimpleNamespace(step=9),
+        sample=lambda: None,
     )
     train.evaluate(run)
     assert run.val_loss == 3.0
