@@ -79,7 +79,7 @@ def train(invocation: Invocation) -> int:
 
     end_with_launcher()
     run = build(invocation)
-    with run.metrics, stop_request() as stop:
+    with run.metrics, run.keeper, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
             run.beat = watchdog.beat
             loop(run, stop)
@@ -134,12 +134,14 @@ def build(invocation: Invocation) -> Run:
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
     from pretrain import hardware, ranks
+    from pretrain.alike import check_alike
 
     device = hardware.resolve_device(ranks.local_ranks()[0])
     hardware.check_precision(device, config.train.precision)
     me = ranks.join(device, config.train.timeout_minutes)
     failpoints.arm(me.rank)
     log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
+    check_alike(me, ROOT, dataclasses.asdict(config))
     return device, me
 
 
@@ -213,7 +215,7 @@ def loop(run: Run, stop: StopRequest) -> None:
                 roll_back(run, trouble)  # the stream goes on where it is: past the data of the trouble
                 save(run)
             elif due and not run.watch.skipped_in_a_row:  # a row of skipped updates must not prune what is good
-                save(run)
+                save(run, may_skip=True)
             due = due and bool(run.watch.skipped_in_a_row)
             run.record_events()
             run.keeper.check()
@@ -284,8 +286,12 @@ def is_due(run: Run, files_before: int) -> bool:
     return by_files or divides(steps, run.progress.step)
 
 
-def save(run: Run) -> None:
-    """Hand a snapshot of this step to the keeper; training waits only for the copy."""
+def save(run: Run, may_skip: bool = False) -> None:
+    """Hand a snapshot of this step to the keeper; training waits only for the copy.
+
+    Args:
+        may_skip: `checkpoint.when_busy` may leave this one out.
+    """
     from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
@@ -295,8 +301,9 @@ def save(run: Run) -> None:
     documents["config.yaml"] = to_yaml(run.config)
     if run.corpus.tokenizer is not None:
         documents[TOKENIZER_NAME] = run.corpus.tokenizer
-    stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents)
-    logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
+    stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents, may_skip=may_skip)
+    if stall_ms is not None:
+        logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
 
 
 # ---- close ----

@@ -19,6 +19,7 @@ import numpy as np
 
 from pretrain.config import DataConfig
 from pretrain.errors import ShardError, StorageError
+from pretrain.failpoints import failpoint
 from pretrain.files import (
     BLOCK_BYTES,
     PART_SUFFIX,
@@ -154,9 +155,11 @@ class ShardCache:
             writer = CheckedWriter(file)
             for first in range(0, len(raw), BLOCK_BYTES):
                 writer.write(raw[first : first + BLOCK_BYTES].data)
+            failpoint("cache.after_write")
         source_crc32c = info.crc32c or crc32c_of_file(npz)
         record = _Record(len(tokens), len(lengths), tokens.dtype.name, int(tokens.max()), writer.crc32c, source_crc32c)
         with new_file(self.path(info, ".json")) as file:
+            failpoint("cache.after_rename")
             file.write(json.dumps(asdict(record)).encode())
 
     def _title(self, info: ObjectInfo) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pretrain.errors import CheckpointError
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT, ARCHIVES_FORMAT = 1, 2  # the second where the bucket holds archives, which older versions can't read
+TENSORS_SUFFIX = ".safetensors"
 _NAME = re.compile(r"checkpoint-epoch(\d+)-step(\d+)-files(\d+)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -42,6 +44,15 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class ArchiveEntry:
+    """Size in bytes and checksum of one archive in the bucket, and the names of the files in it."""
+
+    bytes: int
+    crc32c: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The commit of a checkpoint.
 
@@ -51,27 +62,46 @@ class Manifest:
         sequence: number of this commit in its run. The newest checkpoint is the one with the highest sequence, which
             after a resume from an older one need not be the one with the highest step.
         files: every file but the manifest.
+        archives: how the files are packed in the bucket, in its manifest alone; it makes no other commit of this one.
     """
 
     name: CheckpointName
     attempt: str
     sequence: int
     files: dict[str, FileEntry]
+    archives: dict[str, ArchiveEntry] = field(default_factory=dict, compare=False)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all files together."""
         return sum(entry.bytes for entry in self.files.values())
 
+    @property
+    def packed(self) -> set[str]:
+        """The files that are in an archive."""
+        return {name for archive in self.archives.values() for name in archive.files}
+
+    @property
+    def objects(self) -> dict[str, FileEntry]:
+        """What this commit consists of in the bucket, by name below its attempt.
+
+        The small documents are there as plain files even where an archive holds them, too: tools read them.
+        """
+        archives = {name: FileEntry(archive.bytes, archive.crc32c) for name, archive in self.archives.items()}
+        packed = {name for name in self.packed if name.endswith(TENSORS_SUFFIX)}
+        return archives | {name: entry for name, entry in self.files.items() if name not in packed}
+
     def to_bytes(self) -> bytes:
         """As it is written to manifest.json."""
-        tree = {
-            "format": MANIFEST_FORMAT,
+        tree: dict[str, Any] = {
+            "format": ARCHIVES_FORMAT if self.archives else MANIFEST_FORMAT,
             "name": str(self.name),
             "attempt": self.attempt,
             "sequence": self.sequence,
             "files": {name: asdict(entry) for name, entry in sorted(self.files.items())},
         }
+        if self.archives:
+            tree["archives"] = {name: asdict(entry) for name, entry in sorted(self.archives.items())}
         return (json.dumps(tree, indent=1) + "\n").encode()
 
     @classmethod
@@ -83,13 +113,14 @@ class Manifest:
         """
         try:
             tree = json.loads(data)
-            if tree["format"] != MANIFEST_FORMAT:
-                raise ValueError(f"format {tree['format']}, this version reads format {MANIFEST_FORMAT}")
+            if tree["format"] not in (MANIFEST_FORMAT, ARCHIVES_FORMAT):
+                raise ValueError(f"format {tree['format']}, this version reads formats up to {ARCHIVES_FORMAT}")
             files = {_file_name(name): _entry(entry) for name, entry in tree["files"].items()}
             name = CheckpointName.parse(tree["name"])
             if name is None:
                 raise ValueError(f"name {tree['name']!r}")
-            return cls(name, _file_name(tree["attempt"]), int(tree["sequence"]), files)
+            archives = {_file_name(each): _archive(entry, files) for each, entry in tree.get("archives", {}).items()}
+            return cls(name, _file_name(tree["attempt"]), int(tree["sequence"]), files, archives)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{where} is not a checkpoint manifest: {type(error).__name__}: {error}") from error
 
@@ -103,3 +134,10 @@ def _file_name(name: Any) -> str:
 
 def _entry(tree: Any) -> FileEntry:
     return FileEntry(int(tree["bytes"]), str(tree["crc32c"]))
+
+
+def _archive(tree: Any, files: Mapping[str, FileEntry]) -> ArchiveEntry:
+    entry, inside = _entry(tree), tuple(tree["files"])
+    if unknown := set(inside) - set(files):
+        raise ValueError(f"an archive of files that are not listed: {sorted(unknown)}")
+    return ArchiveEntry(entry.bytes, entry.crc32c, inside)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain import log
+from pretrain.archive import unpack
 from pretrain.checkpoint import damaged_files, empty_folder, read_manifest, write_manifest
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
 from pretrain.errors import CheckpointError
+from pretrain.files import PART_SUFFIX
 from pretrain.storage import ObjectStore
 from pretrain.uploads import BucketManifest, list_commits
 
@@ -126,19 +129,34 @@ def fetch(manifest: Manifest, folder: Path, store: ObjectStore | None, run_name:
         return problems
     logger.info("fetching %s from %s (%.1f MB)", manifest.name, store.url, manifest.total_bytes / 1e6)
     empty_folder(folder)
-    for name in manifest.files:
-        store.download(f"{object_prefix(manifest, run_name)}/{name}", folder / name)
+    try:
+        for name in (name for name in manifest.files if name not in manifest.packed):
+            store.download(f"{object_prefix(manifest, run_name)}/{name}", folder / name)
+        for name in manifest.archives:
+            _fetch_archive(name, manifest, folder, store, run_name)
+    except CheckpointError as error:
+        return [error.what]
     if not (problems := damaged_files(manifest, folder)):
-        write_manifest(manifest, folder)
+        write_manifest(replace(manifest, archives={}), folder)
     return problems
 
 
+def _fetch_archive(name: str, manifest: Manifest, folder: Path, store: ObjectStore, run_name: str) -> None:
+    """Download an archive beside the folder, and unpack it there. Raises CheckpointError where it is damaged."""
+    path = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+    try:
+        store.download(f"{object_prefix(manifest, run_name)}/{name}", path)
+        unpack(path, name, {file: manifest.files[file] for file in manifest.archives[name].files}, folder)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def damaged_objects(manifest: Manifest, store: ObjectStore, run_name: str) -> list[str]:
-    """Each file of a commit in the bucket that is missing or differs in size or checksum; nothing is downloaded."""
+    """Each object of a commit in the bucket that is missing or differs in size or checksum; nothing is downloaded."""
     prefix = object_prefix(manifest, run_name)
     found = {info.name.removeprefix(f"{prefix}/"): info for info in store.list(f"{prefix}/")}
     problems = []
-    for name, entry in manifest.files.items():
+    for name, entry in manifest.objects.items():
         info = found.get(name)
         if info is None:
             problems.append(f"{name} is missing")

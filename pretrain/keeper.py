@@ -1,69 +1,60 @@
 """Keeps the checkpoints of a run: saves them behind the training, hands them to the uploads, and finds them again.
 
-The training waits only for the copy to host memory. One background thread of each rank writes and commits locally,
-another (uploads.py) uploads and commits in the bucket; each has a gloo group of its own to agree with its peers.
+The training waits only for the copy to host memory. One background thread of each rank writes and commits locally
+(local_writer.py), another uploads and commits in the bucket (upload_queue.py); each has a gloo group of its own to
+agree with its peers.
 """
 
 from __future__ import annotations
 
 import queue
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from pretrain import log
-from pretrain.checkpoint import (
-    INDEX_FILE,
-    CheckpointReader,
-    Snapshot,
-    damaged_files,
-    empty_folder,
-    remove_folder,
-    retract_manifest,
-    take_snapshot,
-    write_documents,
-    write_manifest,
-    write_parts,
-)
-from pretrain.checkpoint_manifest import CheckpointName, FileEntry, Manifest
+from pretrain.archive import check_kind
+from pretrain.checkpoint import CheckpointReader, HostBuffers, damaged_files, take_snapshot
+from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.engine.base import Engine
 from pretrain.errors import StorageError
 from pretrain.files import make_writable
-from pretrain.ranks import Ranks, background_group, exchange
+from pretrain.local_writer import SaveJob, Writer
+from pretrain.ranks import Ranks, background_group
 from pretrain.resumption import agree, share_inventory
 from pretrain.run_lock import RunLock
 from pretrain.storage import open_store
-from pretrain.uploads import UploadJob, UploadQueue, list_commits
+from pretrain.upload_queue import UploadQueue
+from pretrain.uploads import UploadJob, check_writable, list_commits
+
+ABANDON_S = 60.0  # that a run which met an error still gives to what it has saved
+NOTABLE_WAIT_S = 0.1
 
 logger = log.get(__name__)
-
-
-@dataclass(frozen=True)
-class SaveJob:
-    """A snapshot on its way to the disk."""
-
-    name: CheckpointName
-    sequence: int
-    snapshot: Snapshot
-    documents: Mapping[str, str]
 
 
 class Keeper:
     """All checkpoints of one run, as one rank sees them. Every rank makes the same calls in the same order.
 
+    A context manager: where its block raises, `abandon` saves what is saved.
+
     Args:
         config: the checkpoint section.
         storage: how patiently the bucket is used.
         run_name: folder of the run, here and in the bucket.
+
+    Raises:
+        StorageError: the folder or the bucket can't be written.
+        ConfigError: archives of that kind can't be made here.
     """
 
     def __init__(self, config: CheckpointConfig, storage: StorageConfig, run_name: str, ranks: Ranks) -> None:
+        check_kind(config.archive)
         self._config = config
         self._ranks = ranks
         self._run_name = run_name
@@ -71,19 +62,23 @@ class Keeper:
         self._store = open_store(config.url, storage) if config.url else None
         if ranks.local_rank == 0:
             make_writable(self._folder, "--checkpoint.dir")
-        self._attempt = ranks.from_first({"id": uuid.uuid4().hex[:12]})["id"]
+        attempt = self._fresh_attempt()
         self._lock = RunLock(self._folder)  # on every rank: one that outlives the others keeps tools out, too
-        self._group = background_group()
-        upload_group = background_group()
+        writer_group, upload_group = background_group(), background_group()
         self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
         self._sequence = self._inventory.last_sequence
         self._last_saved_step = 0
+        self._buffers = HostBuffers()
         self._saved: list[CheckpointName] = []
-        self._folders = threading.Lock()  # a folder is not pruned while one of its name is written
-        self._failure: BaseException | None = None
+        self.skipped: list[str] = []
+        """Names of the saves that were left out because the one before was still being written."""
+        self.dropped: list[str] = []
+        """Names of the checkpoints that were removed before they reached the bucket, to bound what waits for it."""
         self._events: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._is_closed = False
         self._uploads: UploadQueue | None = None
         if self._store:
+            self._check_writable(attempt)
             self._uploads = UploadQueue(
                 self._store,
                 run_name,
@@ -93,12 +88,21 @@ class Keeper:
                 world_size=ranks.world_size,
                 group=upload_group,
                 workers=storage.upload_workers,
+                archive=config.archive,
                 on_commit=self._committed_in_bucket,
                 on_failure=self._upload_failed,
             )
-        self._jobs: queue.Queue[SaveJob | None] = queue.Queue(maxsize=1)
-        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
-        self._thread.start()
+        self._writer = Writer(self._folder, ranks, attempt, writer_group, self._committed_here)
+
+    def _check_writable(self, attempt: str) -> None:
+        """Have rank 0 write to the bucket before the first step, not hours later. Raises StorageError everywhere."""
+
+        def probe() -> dict[str, Any]:
+            assert self._store is not None
+            check_writable(self._store, self._run_name, attempt)
+            return {}
+
+        self._ranks.decided_by_first(probe)
 
     # ---- finding ----
 
@@ -122,23 +126,49 @@ class Keeper:
 
     # ---- saving ----
 
-    def save(self, name: CheckpointName, engine: Engine, documents: Mapping[str, str]) -> float:
+    def save(
+        self, name: CheckpointName, engine: Engine, documents: Mapping[str, str], *, may_skip: bool = False
+    ) -> float | None:
         """Take a snapshot and write it behind the training.
+
+        There is one snapshot at a time: while the one before is still being written, this one waits for it, or is left
+        out on every rank, as `checkpoint.when_busy` says.
 
         Args:
             documents: file name -> text; rank 0 writes them.
+            may_skip: False for a save that nothing comes after.
 
         Returns:
-            Milliseconds that the training waited.
+            Milliseconds that the training waited; None where this save was left out.
         """
         started = time.perf_counter()
-        snapshot = take_snapshot(engine.parameter_states(), self._ranks.rank, self._ranks.world_size)
+        if may_skip and self._config.when_busy == "skip" and self._ranks.any(self._writer.is_busy):
+            self.skipped.append(str(name))
+            self._events.put(("checkpoint_skipped", {"name": str(name)}))
+            logger.info("%s is left out: the one before is still being written (checkpoint.when_busy)", name)
+            return None
+        self._writer.wait()
+        if (waited_s := time.perf_counter() - started) > NOTABLE_WAIT_S:
+            logger.info("%s: training waited %.1f s until the one before was written", name, waited_s)
+        snapshot = take_snapshot(engine.parameter_states(), self._ranks.rank, self._ranks.world_size, self._buffers)
         self._sequence += 1
         self._last_saved_step = name.step
-        self._jobs.put(SaveJob(name, self._sequence, snapshot, documents))
+        self._writer.put(SaveJob(name, self._sequence, snapshot, documents))
         if not self._config.background_upload:
             self.wait()
         return (time.perf_counter() - started) * 1e3
+
+    def branch(self) -> None:
+        """Steps are taken again after a roll-back: they may give checkpoints of names that this process has written.
+
+        A fresh attempt id keeps the objects apart, and makes the later commit take the earlier one's place. Every rank
+        must call it.
+        """
+        self._writer.wait()
+        self._writer.attempt = self._fresh_attempt()
+
+    def _fresh_attempt(self) -> str:
+        return str(self._ranks.from_first({"id": uuid.uuid4().hex[:12]})["id"])
 
     @property
     def last_saved_step(self) -> int:
@@ -153,8 +183,8 @@ class Keeper:
 
     @property
     def uploads_failed(self) -> list[str]:
-        """Names whose upload failed; they are still here and the next start uploads them."""
-        return list(self._uploads.failed) if self._uploads else []
+        """Names that are here and not in the bucket; this process, or else the next start, uploads them."""
+        return self._uploads.waiting if self._uploads else []
 
     def verified(self) -> list[str]:
         """Names of the checkpoints in the bucket, or locally where there is none, that verify now; for rank 0."""
@@ -177,7 +207,7 @@ class Keeper:
             StorageError: a checkpoint could not be written.
             CheckpointError: somebody else is writing this run.
         """
-        failure = self._failure or (self._uploads.failure if self._uploads else None)
+        failure = self._writer.failure or (self._uploads.failure if self._uploads else None)
         if failure:
             raise failure
 
@@ -195,85 +225,67 @@ class Keeper:
             error.shared = True
             raise error
 
-    def wait(self) -> None:
-        """Until everything saved so far is written, and uploaded or given up."""
-        self._jobs.join()
-        if self._uploads:
-            self._uploads.wait()
+    # ---- ending ----
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until everything saved so far is written, and uploaded or given up for now; whether that was so in time."""
+        started = time.monotonic()
+        if not self._writer.wait(timeout_s):
+            return False
+        left_s = None if timeout_s is None else max(timeout_s - (time.monotonic() - started), 0.0)
+        return self._uploads.wait(left_s) if self._uploads else True
 
     def close(self) -> None:
-        """Finish what was begun and end the threads."""
-        self._jobs.put(None)
-        self._thread.join()
+        """Finish what was begun and end the threads. Every rank must call it."""
+        self._is_closed = True
+        self._writer.close()
         if self._uploads:
             self._uploads.close()
         self._lock.release()
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if self._failure is None:
-                    self._commit_locally(job)
-            except Exception as error:  # noqa: BLE001 (a thread's error must reach the loop, whatever it is)
-                self._failure = error
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
-
-    def _commit_locally(self, job: SaveJob) -> None:
-        """Write this rank's files; when all ranks have, each node commits; then every rank queues its upload."""
-        folder = self._folder / str(job.name)
-        with self._folders:
-            try:
-                self._together(lambda: self._make_way(folder))
-                answers = self._together(lambda: self._write(job, folder))
-                files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
-                manifest = Manifest(job.name, self._attempt, job.sequence, files)
-                self._together(lambda: self._commit_on_this_node(manifest, folder))
-            except StorageError:
-                if self._ranks.local_rank == 0:
-                    self._remove(folder)  # half a checkpoint only takes room
-                raise
-        self._saved.append(job.name)
-        self._events.put(("checkpoint_saved", {"name": str(job.name), "bytes": manifest.total_bytes}))
+    def abandon(self, timeout_s: float = ABANDON_S) -> None:
+        """For a rank that can't go on, while others may: give what is saved this long to be written and uploaded."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._ranks.is_first and not self.wait(0.0):
+            logger.info("ending: what is saved has %.0f s to be written and uploaded", timeout_s)
+        if not self.wait(timeout_s):
+            logger.warning(
+                "what is not uploaded stays in %s, the next start with --resume auto uploads it", self._folder
+            )
         if self._uploads:
-            self._uploads.put(UploadJob(manifest, folder, tuple(answers[self._ranks.rank])))
+            self._uploads.abandon()
+        self._lock.release()
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.abandon()
+
+    # ---- called by the threads ----
+
+    def _committed_here(self, manifest: Manifest, own_files: tuple[str, ...]) -> None:
+        self._saved.append(manifest.name)
+        self._events.put(("checkpoint_saved", {"name": str(manifest.name), "bytes": manifest.total_bytes}))
+        if self._uploads:
+            self._uploads.put(UploadJob(manifest, self._folder / str(manifest.name), own_files))
+            self._drop_what_is_too_much(self._uploads)
         else:
             self._prune_local()
 
-    def _make_way(self, folder: Path) -> dict[str, FileEntry]:
-        if self._ranks.is_first:
-            empty_folder(folder)
-        elif self._ranks.local_rank == 0:  # this node's disk may be the first one's, so nothing more is removed
-            retract_manifest(folder)
-        return {}
-
-    def _commit_on_this_node(self, manifest: Manifest, folder: Path) -> dict[str, FileEntry]:
-        if self._ranks.local_rank == 0:  # a node that holds a part of the files prunes by the manifest, too
-            write_manifest(manifest, folder)
-        return {}
-
-    def _write(self, job: SaveJob, folder: Path) -> dict[str, FileEntry]:
-        entries = write_parts(job.snapshot, folder, self._ranks.rank, self._ranks.world_size)
-        if self._ranks.is_first:
-            entries |= write_documents({**job.documents, INDEX_FILE: job.snapshot.index()}, folder)
-        return entries
-
-    def _together(self, action: Callable[[], dict[str, FileEntry]]) -> list[dict[str, dict[str, Any]]]:
-        """Do one step of a save on every rank; the files each rank wrote. One rank's StorageError is every rank's."""
-        problem = mend = ""
-        files: dict[str, FileEntry] = {}
-        try:
-            files = action()
-        except StorageError as error:
-            problem, mend = error.what, error.mend
-        message = {"problem": problem, "mend": mend, "files": {name: asdict(entry) for name, entry in files.items()}}
-        answers = exchange(message, self._ranks.world_size, self._group)
-        if failed := next((answer for answer in answers if answer["problem"]), None):
-            everywhere = StorageError(failed["problem"], failed["mend"])
-            everywhere.shared = True
-            raise everywhere
-        return [answer["files"] for answer in answers]
+    def _drop_what_is_too_much(self, uploads: UploadQueue) -> None:
+        """Bound what waits here for the bucket; rank 0 decides, and every node removes its part."""
+        limit = self._config.max_waiting
+        answers = self._writer.together(lambda: {"too_many": uploads.too_many(limit) if self._ranks.is_first else []})
+        names = [job.manifest.name for job in uploads.drop(answers[0]["too_many"])]
+        for name in names:
+            self.dropped.append(str(name))
+            self._events.put(("checkpoint_dropped", {"name": str(name)}))
+            logger.warning("%s is removed: more than %d wait for the bucket (checkpoint.max_waiting)", name, limit)
+        if self._ranks.local_rank == 0:
+            self._writer.remove(names)
 
     def _committed_in_bucket(self, manifest: Manifest) -> None:
         self._events.put(("checkpoint_committed", {"name": str(manifest.name), "bytes": manifest.total_bytes}))
@@ -286,21 +298,12 @@ class Keeper:
         """Remove old local checkpoints: all but the newest, and never one that is not yet where it is to be kept."""
         if not self._config.keep or self._ranks.local_rank != 0:
             return
-        with self._folders:
-            local = sorted(take_inventory(self._folder, None, self._run_name).local.values(), key=lambda m: m.sequence)
-            for old in local[: -self._config.keep]:
-                if self._uploads is None or self._is_in_bucket(old):
-                    self._remove(self._folder / str(old.name))
+        self._writer.remove_old(self._config.keep, self._may_go)
 
-    def _remove(self, folder: Path) -> None:
-        try:
-            remove_folder(folder)
-        except OSError as error:  # another node on the same disk may have been faster; what stays is only too much
-            logger.warning("%s was not removed: %s", folder, error)
-
-    def _is_in_bucket(self, manifest: Manifest) -> bool:
+    def _may_go(self, manifest: Manifest) -> bool:
         """Whether this very commit, not only one of its name, is in the bucket, or was and has been pruned since."""
+        if self._uploads is None:
+            return True
         before = self._inventory.bucket.get(manifest.name)
-        by_this_process = self._uploads.committed if self._uploads else []
-        commits = [*by_this_process, *([before.manifest] if before and before.manifest else [])]
+        commits = [*self._uploads.committed, *([before.manifest] if before and before.manifest else [])]
         return any(commit.name == manifest.name and commit.attempt == manifest.attempt for commit in commits)

@@ -16,7 +16,7 @@ from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
 from pretrain.errors import StorageError
 from pretrain.files import PART_SUFFIX
 from pretrain.storage import ObjectInfo, ObjectStore
-from pretrain.uploads import list_commits
+from pretrain.uploads import PROBE_PREFIX, list_commits
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,16 @@ def _newest(folder: Path) -> float:
 
 def _bucket_leftovers(store: ObjectStore, run: str) -> list[Leftover]:
     attempts: dict[tuple[CheckpointName, str], list[ObjectInfo]] = defaultdict(list)
+    found = []
     for info in store.list(f"{run}/"):
         parts = info.name.split("/")
+        if len(parts) == 2 and parts[1].startswith(PROBE_PREFIX):
+            why = "what a start tried the bucket with"
+            found.append(Leftover(run, "bucket", info.name, why, info.size, info.created_s or float("inf"), (info,)))
         name = CheckpointName.parse(parts[1])
         if name and len(parts) == 4:
             attempts[name, parts[2]].append(info)
     commits = list_commits(store, run)  # after the objects: what was committed in between is seen as committed
-    found = []
     for (name, attempt), objects in sorted(attempts.items(), key=lambda item: (item[0][0].step, item[0][1])):
         commit = commits.get(name)
         if commit and (commit.manifest is None or commit.manifest.attempt == attempt):
@@ -124,11 +127,10 @@ def remove_leftover(leftover: Leftover, catalog: Catalog) -> bool:
 
 
 def _remove_objects(leftover: Leftover, store: ObjectStore) -> bool:
-    _, checkpoint, attempt = leftover.path.split("/")
-    name = CheckpointName.parse(checkpoint)
-    assert name is not None
-    commit = list_commits(store, leftover.run).get(name)
-    if commit and (commit.manifest is None or commit.manifest.attempt == attempt):
+    _, checkpoint, *attempt = leftover.path.split("/")
+    name = CheckpointName.parse(checkpoint)  # None of a probe, which nothing can commit
+    commit = list_commits(store, leftover.run).get(name) if name else None
+    if commit and (commit.manifest is None or [commit.manifest.attempt] == attempt):
         return False
     for info in leftover.objects:
         store.delete(info.name, info.generation)

@@ -185,6 +185,8 @@ class Run:
             **self.about,
             "checkpoints_committed": len(keeper.committed),
             "checkpoints_verified": self._count_verified(),
+            "checkpoints_skipped": len(keeper.skipped),
+            "checkpoints_dropped": len(keeper.dropped),
             "uploads_failed": len(keeper.uploads_failed),
             "checkpoints": f"{(checkpoint.url or checkpoint.dir).rstrip('/')}/{self.config.run.name}",
             "logs": str(self.metrics.folder),

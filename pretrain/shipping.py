@@ -43,14 +43,15 @@ def upload(entry: Entry, catalog: Catalog, storage: StorageConfig) -> bool:
             raise CheckpointError(f"{entry.label} is damaged here: {'; '.join(problems[:3])}", "Upload another one.")
         known = list_commits(store, entry.run)
         there = known[entry.name].manifest if entry.name in known else None
-        if there == manifest and not damaged_objects(manifest, store, entry.run):
+        if there and there == manifest and not damaged_objects(there, store, entry.run):
             return False
         if there and there != manifest and there.sequence >= manifest.sequence:
             raise CheckpointError(
                 f"the bucket has another, later commit of {entry.label}", "Fetch that one: upload_manager.py download"
             )
         bucket = BucketRun(store, entry.run, known, storage.upload_workers)
-        if problem := bucket.upload(UploadJob(manifest, folder, tuple(manifest.files))):
+        problem, _ = bucket.upload(UploadJob(manifest, folder, tuple(manifest.files)))
+        if problem:
             raise StorageError(f"{entry.label} was not uploaded: {problem}")
         outcome = bucket.commit(manifest)
     if outcome["conflict"]:

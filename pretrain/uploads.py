@@ -1,29 +1,36 @@
-"""Checkpoints on their way to the bucket, behind the training.
+"""A run's checkpoints in the bucket: how files get there, what commits them, and what is pruned.
 
     {run}/{checkpoint}/{attempt}/FILE      never written twice: the attempt is a fresh id of the writing process
     {run}/{checkpoint}/manifest.json       the commit, created only if absent
 
-The queue needs no journal of its own: a local checkpoint whose manifest is not in the bucket is what is left to do,
-and the next start finds it so.
+What runs this behind the training is `upload_queue.py`.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Callable
+import secrets
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from pretrain import log
-from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
+from pretrain.archive import archive_name, pack
+from pretrain.checkpoint_manifest import (
+    MANIFEST_FILE,
+    TENSORS_SUFFIX,
+    ArchiveEntry,
+    CheckpointName,
+    FileEntry,
+    Manifest,
+)
 from pretrain.errors import CheckpointError, StorageError
-from pretrain.ranks import exchange
+from pretrain.failpoints import failpoint
+from pretrain.files import PART_SUFFIX, disk_problem
 from pretrain.storage import ObjectExists, ObjectStore
+
+PROBE_PREFIX = "probe-"
 
 logger = log.get(__name__)
 
@@ -46,13 +53,22 @@ class BucketManifest:
     problem: str = ""
 
 
-def list_commits(store: ObjectStore, run_name: str) -> dict[CheckpointName, BucketManifest]:
-    """The commits of a run in the bucket."""
+def list_commits(
+    store: ObjectStore, run_name: str, known: Mapping[CheckpointName, BucketManifest] | None = None
+) -> dict[CheckpointName, BucketManifest]:
+    """The commits of a run in the bucket.
+
+    Args:
+        known: commits that need not be read again where they are of the same generation.
+    """
     found = {}
     for info in store.list(f"{run_name}/"):
         folder, _, file = info.name.removeprefix(f"{run_name}/").partition("/")
         name = CheckpointName.parse(folder)
         if name is None or file != MANIFEST_FILE:
+            continue
+        if known and name in known and known[name].generation == info.generation:
+            found[name] = known[name]
             continue
         try:
             manifest = Manifest.from_bytes(store.read_bytes(info.name), f"{store.url}/{info.name}")
@@ -62,97 +78,25 @@ def list_commits(store: ObjectStore, run_name: str) -> dict[CheckpointName, Buck
     return found
 
 
+def check_writable(store: ObjectStore, run_name: str, attempt: str) -> None:
+    """Create and delete a tiny object beside the run's checkpoints, before hours of work depend on it.
+
+    Raises:
+        StorageError: naming the right that is missing.
+    """
+    name = f"{run_name}/{PROBE_PREFIX}{attempt}"
+    store.create(name, b"is this bucket writable?\n")
+    store.delete(name)
+
+
 class BucketRun:
-    """One run in the bucket: how files get there, what commits them and what is pruned.
+    """One run in the bucket.
 
     Args:
         store: root of all checkpoints.
         known: commits that were there when this process started, and may be superseded; kept up to date.
         workers: parallel uploads.
-    """
-
-    def __init__(
-        self, store: ObjectStore, run_name: str, known: dict[CheckpointName, BucketManifest], workers: int
-    ) -> None:
-        self.store = store
-        self.run_name = run_name
-        self._known = known
-        self._workers = workers
-
-    def upload(self, job: UploadJob) -> str:
-        """Upload the job's files, compared with the manifest; what went wrong, or ''."""
-        prefix = f"{self.run_name}/{job.manifest.name}/{job.manifest.attempt}"
-
-        def upload(file: str) -> str:
-            found = self.store.upload(job.folder / file, f"{prefix}/{file}")
-            entry = job.manifest.files[file]
-            same = found.size == entry.bytes and found.crc32c == entry.crc32c
-            return "" if same else f"{found.name} is not what the manifest says"
-
-        try:
-            with ThreadPoolExecutor(self._workers) as pool:
-                return next((problem for problem in pool.map(upload, job.files) if problem), "")
-        except StorageError as error:
-            return str(error)
-
-    def commit(self, manifest: Manifest) -> dict[str, str]:
-        """Create the manifest in the bucket, in place of one that was there at the start or came from here.
-
-        Returns:
-            {"problem": what went wrong or "", "conflict": what somebody else has committed meanwhile or ""}.
-        """
-        target = f"{self.run_name}/{manifest.name}/{MANIFEST_FILE}"
-        try:
-            if ahead := self._ahead_of(manifest):
-                where = f"{self.store.url}/{self.run_name}/{ahead}"
-                return {"problem": "", "conflict": f"somebody else is writing this run: {where} is new"}
-            stale = self._known.pop(manifest.name, None)
-            if stale and (stale.manifest is None or stale.manifest.attempt != manifest.attempt):
-                logger.info("%s: an earlier commit of this step is superseded", manifest.name)
-                self.store.delete(target, stale.generation)
-            created = self.store.create(target, manifest.to_bytes())
-            self._known[manifest.name] = BucketManifest(created.generation, manifest)
-        except ObjectExists:
-            return {"problem": "", "conflict": f"somebody else is writing this run: {self.store.url}/{target} is new"}
-        except StorageError as error:
-            return {"problem": str(error), "conflict": ""}
-        return {"problem": "", "conflict": ""}
-
-    def _ahead_of(self, manifest: Manifest) -> str:
-        """A later commit that was not there at the start and did not come from here, or ''.
-
-        A trainer that is so far behind another one that its steps are pruned already never meets one of their name.
-        """
-        for name, commit in list_commits(self.store, self.run_name).items():
-            is_known = name in self._known and self._known[name].generation == commit.generation
-            if not is_known and commit.manifest and commit.manifest.sequence > manifest.sequence:
-                return str(name)
-        return ""
-
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest commits, the manifest of each first; with keep 0, none."""
-        try:
-            for name, commit in old_commits(list_commits(self.store, self.run_name), keep):
-                folder = f"{self.run_name}/{name}/"
-                self.store.delete(f"{folder}{MANIFEST_FILE}", commit.generation)
-                for info in self.store.list(folder):
-                    self.store.delete(info.name)
-                self._known.pop(name, None)
-                logger.info("%s pruned from %s", name, self.store.url)
-        except StorageError as error:  # what is too much today is pruned after the next commit
-            logger.warning("old checkpoints were not pruned: %s", error)
-
-
-class UploadQueue:
-    """The background thread of one rank that uploads, commits and prunes; the same jobs in the same order on each rank.
-
-    Args:
-        store: root of all checkpoints.
-        known: commits that were there when this process started, and may be superseded; kept up to date.
-        keep: newest commits kept; 0 keeps all.
-        group: gloo group that belongs to this thread.
-        on_commit: called on every rank, off the main thread, after a commit.
-        on_failure: likewise, with the checkpoint's name and the problem, after an upload that failed.
+        archive: how a rank's files are packed: "none", or one of `archive.KINDS`.
     """
 
     def __init__(
@@ -160,84 +104,141 @@ class UploadQueue:
         store: ObjectStore,
         run_name: str,
         known: dict[CheckpointName, BucketManifest],
-        *,
-        keep: int,
-        rank: int,
-        world_size: int,
-        group: dist.ProcessGroup,
         workers: int,
-        on_commit: Callable[[Manifest], None],
-        on_failure: Callable[[str, str], None],
+        archive: str = "none",
     ) -> None:
-        self._bucket = BucketRun(store, run_name, known, workers)
-        self._keep = keep
-        self._rank = rank
-        self._world_size = world_size
-        self._group = group
-        self._on_commit = on_commit
-        self._on_failure = on_failure
-        self._jobs: queue.Queue[UploadJob | None] = queue.Queue()
-        self.committed: list[Manifest] = []
-        self.failed: list[str] = []
-        self.failure: BaseException | None = None  # what must stop the run
-        self._thread = threading.Thread(target=self._work, name="uploads", daemon=True)
-        self._thread.start()
+        self.store = store
+        self.run_name = run_name
+        self._known = known
+        self._workers = workers
+        self._archive = archive
+        self._last = max((_order(commit.manifest) for commit in known.values() if commit.manifest), default=_BEFORE)
 
-    def put(self, job: UploadJob) -> None:
-        """Queue a checkpoint; returns at once."""
-        self._jobs.put(job)
+    def upload(self, job: UploadJob, rank: int = 0) -> tuple[str, dict[str, ArchiveEntry]]:
+        """Upload the job's files, compared with the manifest.
 
-    def wait(self) -> None:
-        """Until every queued job has been committed or has failed."""
-        self._jobs.join()
+        Args:
+            rank: names this rank's archive.
 
-    def close(self) -> None:
-        """Finish what is queued and end the thread."""
-        self._jobs.put(None)
-        self._thread.join()
+        Returns:
+            (what went wrong or "", the archives that were made).
+        """
+        try:
+            failpoint("upload.before_files")
+            archives, plain = {}, job.files
+            if self._archive != "none" and job.files:
+                archives = self._upload_archive(job, rank)
+                plain = tuple(file for file in job.files if not file.endswith(TENSORS_SUFFIX))
+            with ThreadPoolExecutor(self._workers) as pool:
+                problems = [
+                    problem for problem in pool.map(lambda file: self._upload_file(job, file), plain) if problem
+                ]
+            failpoint("upload.after_files")
+            return (problems[0] if problems else ""), archives
+        except OSError as error:  # of this machine's disk: the bucket's are StorageErrors
+            return str(disk_problem(error, job.folder) or error), {}
+        except (StorageError, CheckpointError) as error:
+            return str(error), {}
 
-    def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                if self.failure is None:
-                    self._commit_together(job)
-            except Exception as error:  # noqa: BLE001 (a thread's error must reach the loop, whatever it is)
-                self.failure = error
-            finally:
-                self._jobs.task_done()
-        self._jobs.task_done()
+    def _upload_file(self, job: UploadJob, file: str) -> str:
+        found = self.store.upload(job.folder / file, f"{self._prefix(job)}/{file}")
+        entry = job.manifest.files[file]
+        same = (found.size, found.crc32c) == (entry.bytes, entry.crc32c)
+        return "" if same else f"{found.name} is not what the manifest says"
 
-    def _commit_together(self, job: UploadJob) -> None:
-        """Each rank uploads its files; when all are there, rank 0 commits; every rank learns how it ended."""
-        problems = [answer["problem"] for answer in self._exchange({"problem": self._bucket.upload(job)})]
-        outcome = {"problem": next((problem for problem in problems if problem), ""), "conflict": ""}
-        if self._rank == 0 and not outcome["problem"]:
-            outcome = self._bucket.commit(job.manifest)
-            if not any(outcome.values()):
-                logger.info("%s committed to %s", job.manifest.name, self._bucket.store.url)
-                # Before the others go on: their next upload may lie under a name that is pruned here.
-                self._bucket.prune(self._keep)
-        outcome = self._exchange(outcome)[0]
-        name = str(job.manifest.name)
-        if outcome["conflict"]:
-            mend = "Stop the other trainer, or give this run its own name with --run."
-            self.failure = CheckpointError(outcome["conflict"], mend)
-            self.failure.shared = True
-        elif outcome["problem"]:
-            self.failed.append(name)
-            self._on_failure(name, outcome["problem"])
-            if self._rank == 0:
-                logger.error("%s stays local, the next start uploads it: %s", name, outcome["problem"])
-        else:
-            self.committed.append(job.manifest)
-            self._on_commit(job.manifest)
+    def _upload_archive(self, job: UploadJob, rank: int) -> dict[str, ArchiveEntry]:
+        """Pack the job's files beside its folder, which takes as much disk until it is uploaded, and upload that."""
+        path = job.folder.with_name(f".{job.folder.name}.{rank}.{secrets.token_hex(4)}{PART_SUFFIX}")
+        try:
+            with path.open("xb") as target:
+                packed = pack(job.folder, {file: job.manifest.files[file] for file in job.files}, target, self._archive)
+            name = archive_name(rank, packed, self._archive)
+            found = self.store.upload(path, f"{self._prefix(job)}/{name}")
+            if FileEntry(found.size, found.crc32c) != packed:
+                raise StorageError(f"{found.name} is not what was packed")
+        finally:
+            with suppress(FileNotFoundError):
+                path.unlink()
+        return {name: ArchiveEntry(packed.bytes, packed.crc32c, tuple(sorted(job.files)))}
 
-    def _exchange(self, message: dict[str, Any]) -> list[dict[str, Any]]:
-        return exchange(message, self._world_size, self._group)
+    def _prefix(self, job: UploadJob) -> str:
+        return f"{self.run_name}/{job.manifest.name}/{job.manifest.attempt}"
+
+    def commit(self, manifest: Manifest, keep: int = 0) -> dict[str, str]:
+        """Create the manifest in the bucket, in place of one that was there at the start or came from here.
+
+        Args:
+            keep: so many of the newest commits stay, and older ones are deleted; 0 keeps all.
+
+        Returns:
+            {"problem": what went wrong or "", "conflict": what somebody else has committed meanwhile or ""}.
+        """
+        target = f"{self.run_name}/{manifest.name}/{MANIFEST_FILE}"
+        try:
+            failpoint("upload.before_commit")
+            commits = list_commits(self.store, self.run_name, self._known)
+            if ahead := self._ahead_of(_order(manifest), commits):
+                return {"problem": "", "conflict": ahead}
+            stale = self._known.pop(manifest.name, None)
+            if stale and (stale.manifest is None or stale.manifest.to_bytes() != manifest.to_bytes()):
+                logger.info("%s: an earlier commit of this step is superseded", manifest.name)
+                self.store.delete(target, stale.generation)
+            created = self.store.create(target, manifest.to_bytes())
+            self._known[manifest.name] = commits[manifest.name] = BucketManifest(created.generation, manifest)
+            self._last = max(self._last, _order(manifest))
+            logger.info("%s committed to %s", manifest.name, self.store.url)
+            failpoint("upload.after_commit")
+        except ObjectExists:
+            return {"problem": "", "conflict": f"somebody else is writing this run: {self.store.url}/{target} is new"}
+        except (StorageError, OSError) as error:
+            return {"problem": str(error), "conflict": ""}
+        self._prune(commits, keep)
+        return {"problem": "", "conflict": ""}
+
+    def somebody_ahead(self) -> str:
+        """What somebody else has committed beyond the last commit of this process, or ''.
+
+        Raises:
+            StorageError: the bucket can't be listed.
+        """
+        return self._ahead_of(self._last, list_commits(self.store, self.run_name, self._known))
+
+    def _ahead_of(self, order: tuple[int, int, str], commits: Mapping[CheckpointName, BucketManifest]) -> str:
+        """A later commit that was not there at the start and did not come from here, or ''.
+
+        A trainer that is so far behind another one that its steps are pruned already never meets one of their name.
+        """
+        for name, commit in commits.items():
+            is_known = name in self._known and self._known[name].generation == commit.generation
+            if not is_known and commit.manifest and _order(commit.manifest) > order:
+                return f"somebody else is writing this run: {self.store.url}/{self.run_name}/{name} is new"
+        return ""
+
+    def _prune(self, commits: Mapping[CheckpointName, BucketManifest], keep: int) -> None:
+        """Delete all but the newest commits, the manifest of each first."""
+        try:
+            for name, commit in old_commits(commits, keep):
+                folder = f"{self.run_name}/{name}/"
+                self.store.delete(f"{folder}{MANIFEST_FILE}", commit.generation)
+                failpoint("prune.bucket_after_manifest")
+                for info in self.store.list(folder):
+                    self.store.delete(info.name)
+                self._known.pop(name, None)
+                logger.info("%s pruned from %s", name, self.store.url)
+        except (StorageError, OSError) as error:  # what is too much today is pruned after the next commit
+            logger.warning("old checkpoints were not pruned: %s", error)
+
+
+_BEFORE = (0, 0, "")
+
+
+def _order(manifest: Manifest) -> tuple[int, int, str]:
+    """Of two trainers on one run the one that is behind stops; the last part is for the sake of there being one."""
+    return manifest.sequence, manifest.name.step, manifest.attempt
 
 
 def old_commits(
-    commits: dict[CheckpointName, BucketManifest], keep: int
+    commits: Mapping[CheckpointName, BucketManifest], keep: int
 ) -> list[tuple[CheckpointName, BucketManifest]]:
     """All but the `keep` newest readable commits, oldest first; nothing where keep is 0."""
     readable = [(name, commit) for name, commit in commits.items() if commit.manifest]

@@ -19,13 +19,15 @@ SOURCES = [*LIBRARY, *SCRIPTS, ROOT / "model.py", ROOT / "train.py"]
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
-    "model": ({"kernels", "kv_cache"}, {"base"}),
-    "storage": ({"storage", "gcs", "retry", "credentials", "files"}, {"base"}),
+    "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": ({"manifest", "npz", "cache", "shards", "batches", "tokenizers"}, {"base", "storage"}),
     "ranks": ({"ranks"}, {"base"}),
     "engine": ({"engine", "optim"}, {"base", "ranks"}),
     "checkpoint": (
         {
+            "archive",
+            "backlog",
             "catalog",
             "checkpoint",
             "checkpoint_manifest",
@@ -34,24 +36,57 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "resumption",
             "keeper",
             "leftovers",
+            "local_writer",
             "run_lock",
             "shipping",
+            "upload_queue",
             "uploads",
         },
         {"base", "storage", "ranks", "engine"},
     ),
-    "models": (
-        {"pretrained", "hf_config", "hf_weights", "export", "generation", "evaluation"},
+    "inference": (
+        {
+            "pretrained",
+            "hf_config",
+            "hf_source",
+            "hf_weights",
+            "export",
+            "generation",
+            "text_stream",
+            "writer",
+            "eval_sources",
+            "evaluation",
+            "harness",
+        },
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint"},
     ),
     "metrics": (
         {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"},
         {"base", "storage"},
     ),
-    "plan": ({"memory", "plan"}, {"base", "engine"}),
+    "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
     "run": (
-        {"arguments", "budget", "corpus", "launch", "places", "progress", "reports", "run", "stopping", "versions"},
-        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "models", "metrics", "plan"},
+        {
+            "alike",
+            "arguments",
+            "budget",
+            "corpus",
+            "divergence",
+            "launch",
+            "places",
+            "processes",
+            "progress",
+            "proof",
+            "reports",
+            "rollback",
+            "run",
+            "stopping",
+            "supervise",
+            "trial",
+            "versions",
+            "watchdog",
+        },
+        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "inference", "metrics", "plan"},
     ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
@@ -65,10 +100,17 @@ ONLY: dict[str, set[str]] = {
     "files": set(),
     "batches": {"shards"},
     "optim": set(),
-    "uploads": {"checkpoint_manifest", "storage", "ranks"},
-    "launch": set(),
-    "memory": set(),
-    "plan": {"memory", "engine"},
+    "uploads": {"archive", "checkpoint_manifest", "files", "storage"},
+    "archive": {"checkpoint_manifest", "files"},
+    "backlog": {"uploads"},
+    "launch": {"processes", "stopping"},
+    "processes": set(),
+    "stopping": set(),
+    "supervise": {"arguments", "checkpoint_manifest", "processes", "stopping"},
+    "watchdog": set(),
+    "activations": {"model_config"},
+    "memory": {"activations", "model_config"},
+    "plan": {"memory", "engine", "model_config"},
 }
 BUILDERS = {"GPT", "KERNELS", "plain_attention"}  # what of model.py the library may import: what builds one
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
@@ -184,7 +226,8 @@ def test_no_part_is_handed_the_whole_config(path):
 
 
 def test_settings_are_read_without_torch():
-    code = "import sys, pretrain.config, pretrain.arguments, pretrain.plan; sys.exit('torch' in sys.modules)"
+    modules = "pretrain.config, pretrain.arguments, pretrain.plan, pretrain.supervise"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -48,7 +48,7 @@ def test_what_is_no_manifest_is_refused(data):
 
 
 def test_another_format_is_named():
-    assert "format 2, this version reads format 1" in refused(changed(format=2))
+    assert "format 3, this version reads formats up to 2" in refused(changed(format=3))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".", "..", "/etc/passwd", ".hidden", "a\\b", "a\n", "-x", "ü"])

@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import json
 import shutil
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
-from pretrain import checkpoint, keeper
+from pretrain import checkpoint, keeper, local_writer, upload_queue
 from pretrain.checkpoint import damaged_files, read_manifest
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
 from pretrain.config import CheckpointConfig, StorageConfig
-from pretrain.errors import CheckpointError, StorageError
+from pretrain.errors import CheckpointError, ShardError, StorageError
+from pretrain.failpoints import arm
 from pretrain.keeper import Keeper
 from pretrain.run_lock import sole_use
 from pretrain.storage import LocalStore
@@ -119,13 +122,13 @@ def test_a_save_returns_before_it_is_written(runs, monkeypatch):
         assert go_on.wait(PATIENCE_S)
         return checkpoint.write_parts(*arguments)
 
-    monkeypatch.setattr(keeper, "write_parts", slow)
+    monkeypatch.setattr(local_writer, "write_parts", slow)
     kept = runs.start()
     save(kept, 5)
     assert begun.wait(PATIENCE_S)
     assert runs.local_steps() == [] and kept.committed == []
-    save(kept, 10)  # one more may queue
     go_on.set()
+    save(kept, 10)  # waits for the one before
     kept.close()
     assert runs.local_steps() == runs.bucket_steps() == [5, 10]
 
@@ -137,7 +140,7 @@ def test_what_is_saved_is_the_state_at_the_time_of_saving(runs, monkeypatch):
         assert go_on.wait(PATIENCE_S)
         return checkpoint.write_parts(*arguments)
 
-    monkeypatch.setattr(keeper, "write_parts", slow)
+    monkeypatch.setattr(local_writer, "write_parts", slow)
     kept = runs.start(url="")
     states = states_of(5)
     engine = SavedEngine(5)
@@ -200,7 +203,7 @@ def test_an_error_of_the_writer_reaches_the_run_and_earlier_checkpoints_hold(run
         (folder / "model.part").write_bytes(b"half")
         raise StorageError("can't write it: No space left on device", "Free space.")
 
-    monkeypatch.setattr(keeper, "write_parts", full)
+    monkeypatch.setattr(local_writer, "write_parts", full)
     save(kept, 10)
     kept.wait()
     with pytest.raises(StorageError, match="No space left") as caught:
@@ -214,7 +217,7 @@ def test_an_error_of_the_writer_reaches_the_run_and_earlier_checkpoints_hold(run
 
 def test_an_unexpected_error_of_the_writer_reaches_the_run_too(runs, monkeypatch):
     kept = runs.start()
-    monkeypatch.setattr(keeper, "write_parts", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(local_writer, "write_parts", lambda *arguments: 1 / 0)
     save(kept, 5)
     kept.close()
     with pytest.raises(ZeroDivisionError):
@@ -254,7 +257,7 @@ def test_damaged_leftovers_are_not_uploaded(runs):
     assert runs.bucket_steps() == []
 
 
-def test_local_checkpoints_that_are_not_in_the_bucket_are_never_removed(runs):
+def test_what_waited_for_the_bucket_is_committed_in_order_with_the_next_save(runs):
     outage = ["upload"]
 
     def before(method, name):
@@ -267,11 +270,12 @@ def test_local_checkpoints_that_are_not_in_the_bucket_are_never_removed(runs):
     save(kept, 10)
     kept.wait()
     outage.clear()
+    assert runs.local_steps() == [5, 10]  # what is not in the bucket is never pruned
     save(kept, 15)
-    save(kept, 20)
     kept.close()
-    assert runs.bucket_steps() == [20]
-    assert runs.local_steps() == [5, 10, 20]
+    assert [CheckpointName.parse(name).step for name in kept.committed] == [5, 10, 15]
+    assert runs.bucket_steps() == runs.local_steps() == [15]
+    assert kept.uploads_failed == []
 
 
 def test_a_commit_of_the_same_name_by_another_attempt_does_not_count(runs, tmp_path):
@@ -300,7 +304,7 @@ def test_a_folder_that_can_not_be_removed_stops_nothing(runs, monkeypatch):
     def busy(folder):
         raise OSError("busy")
 
-    monkeypatch.setattr(keeper, "remove_folder", busy)
+    monkeypatch.setattr(local_writer, "remove_folder", busy)
     kept = runs.start(keep=1)
     save(kept, 5)
     save(kept, 10)
@@ -335,6 +339,170 @@ def test_while_it_is_open_tools_are_kept_out(runs):
     kept.close()
     with sole_use(runs.folder), pytest.raises(CheckpointError, match="in use by a tool"):
         runs.start()
+
+
+def test_a_save_that_may_be_skipped_is_left_out_while_the_one_before_is_written(runs, monkeypatch):
+    go_on = threading.Event()
+
+    def slow(*arguments):
+        assert go_on.wait(PATIENCE_S)
+        return checkpoint.write_parts(*arguments)
+
+    monkeypatch.setattr(local_writer, "write_parts", slow)
+    kept = runs.start(url="", when_busy="skip")
+    assert kept.save(CheckpointName(0, 5, 5), SavedEngine(5), DOCUMENTS, may_skip=True) is not None
+    assert kept.save(CheckpointName(0, 10, 10), SavedEngine(10), DOCUMENTS, may_skip=True) is None
+    assert kept.skipped == ["checkpoint-epoch0-step10-files10"] and kept.last_saved_step == 5
+    assert ("checkpoint_skipped", {"name": kept.skipped[0]}) in list(kept.events())
+    threading.Timer(0.05, go_on.set).start()
+    assert kept.save(CheckpointName(0, 12, 12), SavedEngine(12), DOCUMENTS) > 0  # the last one waits
+    kept.close()
+    assert runs.local_steps() == [5, 12]
+
+
+def test_there_is_one_copy_of_the_state_and_a_save_waits_for_it(runs, monkeypatch):
+    go_on, written = threading.Event(), []
+
+    def slow(snapshot, folder, *arguments):
+        assert go_on.wait(PATIENCE_S)
+        written.append({name: tensor.clone() for name, tensor in snapshot.weights.items()})
+        return checkpoint.write_parts(snapshot, folder, *arguments)
+
+    monkeypatch.setattr(local_writer, "write_parts", slow)
+    kept = runs.start(url="")
+    save(kept, 5)
+    threading.Timer(0.2, go_on.set).start()
+    assert save(kept, 10) >= 100  # ms
+    kept.close()
+    for weights, step in zip(written, (5, 10), strict=True):
+        expected = dict(states_of(step))
+        assert all(weights[name].equal(expected[name]["weight"]) for name in weights)
+
+
+def metadata(loss, validations=()):
+    return {**DOCUMENTS, "metadata.json": json.dumps({"current_loss": loss, "validation_losses": list(validations)})}
+
+
+def test_with_the_bucket_away_what_waits_here_is_bounded_and_later_committed_in_order(runs, caplog):
+    away = [True]
+
+    def before(method, name):
+        if away and "probe-" not in name and method in ("upload", "create"):
+            raise StorageError("503")
+
+    runs.store.before = before
+    kept = runs.start(max_waiting=3, keep=0)
+    losses = [5.0, 4.0, 1.0, 3.0, 2.5, 2.0, 2.2, 2.1]
+    for step, loss in enumerate(losses, 1):
+        kept.save(CheckpointName(0, step, step), SavedEngine(step), metadata(loss))
+        kept.wait()
+        assert len(runs.local_steps()) <= 3
+    kept.check()
+    assert runs.local_steps() == [3, 7, 8]  # the best, and the newest
+    assert [CheckpointName.parse(name).step for name in kept.dropped] == [1, 2, 4, 5, 6]
+    assert [kind for kind, _ in kept.events()].count("checkpoint_dropped") == 5
+    assert "checkpoint-epoch0-step1-files1 is removed: more than 3 wait for the bucket" in caplog.text
+    away.clear()
+    save(kept, 9)
+    kept.close()
+    kept.check()
+    assert [CheckpointName.parse(name).step for name in kept.committed] == runs.bucket_steps() == [3, 8, 9]
+    assert kept.uploads_failed == [] and len(kept.verified()) == 3
+
+
+def test_an_error_in_the_loop_ends_after_what_is_saved_is_committed(runs):
+    go_on = threading.Event()
+
+    def before(method, name):
+        if method == "upload":
+            assert go_on.wait(PATIENCE_S)
+
+    runs.store.before = before
+    with pytest.raises(ShardError, match="bad shard"), runs.start() as kept:
+        save(kept, 5)
+        threading.Timer(0.1, go_on.set).start()
+        raise ShardError("bad shard")
+    assert runs.bucket_steps() == [5] and kept.committed == ["checkpoint-epoch0-step5-files5"]
+    with sole_use(runs.folder):
+        pass
+    kept.abandon()  # a second time, as after close, is nothing
+
+
+def test_what_never_ends_is_abandoned_in_time(runs, monkeypatch):
+    go_on, begun = threading.Event(), threading.Event()
+
+    def before(method, name):
+        if method == "upload":
+            begun.set()
+            go_on.wait(PATIENCE_S)
+
+    runs.store.before = before
+    monkeypatch.setattr(upload_queue, "TICK_S", 0.1)
+    kept = runs.start()
+    save(kept, 5)
+    assert begun.wait(PATIENCE_S)
+    started = time.monotonic()
+    kept.abandon(0.1)
+    assert time.monotonic() - started < PATIENCE_S / 2
+    go_on.set()
+    assert runs.local_steps() == [5]
+
+
+@pytest.mark.parametrize("right", ["create", "delete"])
+def test_a_bucket_that_can_not_be_written_is_found_at_the_start(runs, right):
+    def before(method, name):
+        if method == right:
+            raise StorageError(f"lacks storage.objects.{right}", "Grant it.")
+
+    runs.store.before = before
+    with pytest.raises(StorageError, match=rf"lacks storage.objects.{right}") as caught:
+        runs.start()
+    assert caught.value.shared
+
+
+def test_nothing_of_the_probe_is_left(runs):
+    runs.start().close()
+    assert runs.store.names_of("create")[0].startswith(f"{RUN}/probe-")
+    assert runs.store.store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "ends_with", "bucket"),
+    [
+        ("snapshot.after_copy", StorageError, [5]),
+        ("checkpoint.before_write", StorageError, [5]),
+        ("checkpoint.after_write", StorageError, [5]),
+        ("checkpoint.after_manifest", StorageError, [5]),
+        ("upload.before_files", None, [5, 10, 15]),
+        ("upload.after_files", None, [5, 10, 15]),
+        ("upload.before_commit", None, [5, 10, 15]),
+        ("upload.after_commit", None, [5, 10, 15]),
+        ("prune.bucket_after_manifest", None, [10, 15]),
+        ("prune.local_before", None, [10, 15]),
+    ],
+)
+def test_a_disk_that_fails_at_any_point_is_told_or_outlasted(runs, monkeypatch, name, ends_with, bucket):
+    count = 1 if name.startswith("prune") else 2
+    monkeypatch.setenv("PRETRAIN_FAILPOINT", f"{name}:{count}:raise")
+    arm(0)
+    try:
+        kept = runs.start(keep=2 if name.startswith("prune") else 3)
+        for step in (5, 10, 15):
+            save(kept, step)
+            kept.wait()
+        kept.close()
+    finally:
+        monkeypatch.delenv("PRETRAIN_FAILPOINT")
+        arm(0)
+    if ends_with:
+        with pytest.raises(ends_with, match=r"failpoint of PRETRAIN_FAILPOINT"):
+            kept.check()
+    else:
+        kept.check()
+        assert kept.uploads_failed == []
+    assert runs.bucket_steps() == bucket
+    newest = runs.start(resume="auto").resume()
+    assert newest.manifest.name.step >= max(bucket)
 
 
 TWO_RANKS = """
@@ -376,10 +544,10 @@ TWO_RANKS = """
     result["same"] = all(torch.equal(reader.parameter_state(n)[k], s[k]) for n, s in states.items() for k in s)
     result["files"] = sorted(reader.manifest.files)
     if fails and me.rank == 1:
-        import pretrain.keeper
+        import pretrain.local_writer
         def full(*arguments):
             raise StorageError("disk of rank 1 is full", "Free it.")
-        pretrain.keeper.write_parts = full
+        pretrain.local_writer.write_parts = full
     second.save(CheckpointName(0, 15, 15), Engine(15), {"trainer_state.json": "{}"})
     second.close()
     result["second"] = steps()

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from pretrain.checkpoint_manifest import MANIFEST_FILE, Manifest
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.storage import LocalStore
-from pretrain.uploads import BucketManifest, UploadJob, UploadQueue, list_commits, old_commits
+from pretrain.upload_queue import UploadQueue
+from pretrain.uploads import BucketManifest, UploadJob, list_commits, old_commits
 from tests.helpers_training import FaultyStore, single_rank, upload_checkpoint, write_checkpoint
 
 RUN = "run"
@@ -51,7 +52,7 @@ class Uploads:
     def commit(self, step, sequence, attempt="attempt1"):
         manifest = self.put(step, sequence, attempt)
         self.queue.wait()
-        assert self.queue.failure is None and self.queue.failed == []
+        assert self.queue.failure is None and self.queue.waiting == []
         return manifest
 
     def commits(self):
@@ -86,7 +87,7 @@ def test_an_upload_that_fails_commits_nothing_and_is_counted_and_the_next_one_go
     failed, good = uploads.put(5, 1), uploads.put(10, 2)
     uploads.queue.close()
     assert uploads.commits() == {str(good.name): good}
-    assert uploads.queue.failed == [str(failed.name)]
+    assert uploads.queue.waiting == [str(failed.name)]
     assert uploads.queue.failure is None  # the training goes on
     assert uploads.told[0][:2] == ("failure", str(failed.name)) and "503 for too long" in uploads.told[0][2]
     assert uploads.told[1] == ("commit", str(good.name))
@@ -170,7 +171,7 @@ def test_the_same_commit_twice_is_no_conflict(tmp_path):
     manifest = uploads.commit(5, 1)
     uploads.queue.put(UploadJob(manifest, uploads.folder / str(manifest.name), tuple(manifest.files)))
     uploads.queue.close()
-    assert uploads.queue.failure is None and uploads.queue.failed == []
+    assert uploads.queue.failure is None and uploads.queue.waiting == []
     assert uploads.commits() == {str(manifest.name): manifest}
 
 

@@ -1,0 +1,203 @@
+"""Writes a run's checkpoints to this machine's disk, behind the training.
+
+One at a time: a snapshot is one copy of this rank's share in host memory, and there is never a second.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from pretrain import log
+from pretrain.checkpoint import (
+    INDEX_FILE,
+    Snapshot,
+    empty_folder,
+    remove_folder,
+    retract_manifest,
+    write_documents,
+    write_manifest,
+    write_parts,
+)
+from pretrain.checkpoint_manifest import CheckpointName, FileEntry, Manifest
+from pretrain.discovery import take_inventory
+from pretrain.errors import StorageError
+from pretrain.failpoints import failpoint
+from pretrain.ranks import Ranks
+
+logger = log.get(__name__)
+
+
+@dataclass(frozen=True)
+class SaveJob:
+    """A snapshot on its way to the disk."""
+
+    name: CheckpointName
+    sequence: int
+    snapshot: Snapshot
+    documents: Mapping[str, str]
+
+
+class Writer:
+    """The background thread of one rank that writes and commits locally. Every rank puts the same jobs.
+
+    Args:
+        folder: local folder of the run.
+        attempt: id under which commits are written, the same on every rank; changed only while nothing is written.
+        group: gloo group that belongs to this thread.
+        on_commit: called on this thread, on every rank, with the manifest and the files that this rank wrote.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        attempt: str,
+        group: dist.ProcessGroup,
+        on_commit: Callable[[Manifest, tuple[str, ...]], None],
+    ) -> None:
+        self._folder = folder
+        self._ranks = ranks
+        self.attempt = attempt
+        self._group = group
+        self._on_commit = on_commit
+        self._folders = threading.Lock()  # a folder is not removed while one of its name is written
+        self._changed = threading.Condition()
+        self._job: SaveJob | None = None
+        self._closing = False
+        self.failure: BaseException | None = None  # what must stop the run
+        self._thread = threading.Thread(target=self._work, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a snapshot is still being written; its memory must not be touched."""
+        return self._job is not None
+
+    def put(self, job: SaveJob) -> None:
+        """Write this one; the one before must have been written."""
+        with self._changed:
+            assert self._job is None, "one snapshot at a time"
+            self._job = job
+            self._changed.notify_all()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Until nothing is being written; whether that was so in time."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._job is None, timeout_s)
+
+    def close(self) -> None:
+        """Finish what was begun and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def remove(self, names: Iterable[CheckpointName]) -> None:
+        """Remove local checkpoints, never while one is written."""
+        with self._folders:
+            for name in names:
+                self._remove(self._folder / str(name))
+
+    def remove_old(self, keep: int, may_go: Callable[[Manifest], bool]) -> None:
+        """Remove all local checkpoints but the `keep` newest, and those that may not go yet."""
+        with self._folders:
+            inventory = take_inventory(self._folder, None, self._folder.name)
+            for old in sorted(inventory.local.values(), key=lambda manifest: manifest.sequence)[:-keep]:
+                if may_go(old):
+                    self._remove(self._folder / str(old.name))
+
+    # ---- the thread ----
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._job is not None or self._closing)
+                job = self._job
+            if job is None:
+                return
+            try:
+                if self.failure is None:
+                    self._commit(job)
+            except OSError as error:
+                self.failure = self._write_error(error)
+            except Exception as error:  # noqa: BLE001 (a thread's error must reach the loop, whatever it is)
+                self.failure = error
+            finally:
+                with self._changed:
+                    self._job = None
+                    self._changed.notify_all()
+
+    def _commit(self, job: SaveJob) -> None:
+        """Write this rank's files; when all ranks have, each node commits."""
+        folder = self._folder / str(job.name)
+        with self._folders:
+            try:
+                self.together(lambda: self._make_way(folder))
+                answers = self.together(lambda: self._write(job, folder))
+                files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
+                manifest = Manifest(job.name, self.attempt, job.sequence, files)
+                self.together(lambda: self._commit_on_this_node(manifest, folder))
+            except StorageError:
+                if self._ranks.local_rank == 0:
+                    self._remove(folder)  # half a checkpoint only takes room
+                raise
+        failpoint("checkpoint.after_manifest")
+        self._on_commit(manifest, tuple(answers[self._ranks.rank]))
+
+    def _make_way(self, folder: Path) -> dict[str, Any]:
+        failpoint("snapshot.after_copy")
+        if self._ranks.is_first:
+            empty_folder(folder)
+        elif self._ranks.local_rank == 0:  # this node's disk may be the first one's, so nothing more is removed
+            retract_manifest(folder)
+        return {}
+
+    def _write(self, job: SaveJob, folder: Path) -> dict[str, Any]:
+        failpoint("checkpoint.before_write")
+        entries = write_parts(job.snapshot, folder, self._ranks.rank, self._ranks.world_size)
+        if self._ranks.is_first:
+            entries |= write_documents({**job.documents, INDEX_FILE: job.snapshot.index()}, folder)
+        failpoint("checkpoint.after_write")
+        return {name: asdict(entry) for name, entry in entries.items()}
+
+    def _commit_on_this_node(self, manifest: Manifest, folder: Path) -> dict[str, Any]:
+        if self._ranks.local_rank == 0:  # a node that holds a part of the files prunes by the manifest, too
+            write_manifest(manifest, folder)
+        return {}
+
+    def together(self, action: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:
+        """Do one step of a save on every rank, on this thread; what each rank's action returned, as JSON has it.
+
+        Raises:
+            StorageError: on every rank, where it or an OSError was raised on one.
+        """
+        problem = mend = ""
+        result: dict[str, Any] = {}
+        try:
+            result = action()
+        except (StorageError, OSError) as error:
+            known = error if isinstance(error, StorageError) else self._write_error(error)
+            problem, mend = known.what, known.mend
+        answers = self._ranks.exchange({"problem": problem, "mend": mend, "result": result}, self._group)
+        if failed := next((answer for answer in answers if answer["problem"]), None):
+            everywhere = StorageError(failed["problem"], failed["mend"])
+            everywhere.shared = True
+            raise everywhere
+        return [answer["result"] for answer in answers]
+
+    def _write_error(self, error: OSError) -> StorageError:
+        reason = error.strerror or str(error)
+        return StorageError(f"{self._folder} can't be written: {reason}", f"Look at it: ls -ld {self._folder}")
+
+    def _remove(self, folder: Path) -> None:
+        try:
+            failpoint("prune.local_before")
+            remove_folder(folder)
+        except OSError as error:  # another node on the same disk may have been faster; what stays is only too much
+            logger.warning("%s was not removed: %s", folder, error)
