@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Set up .venv with the exact packages of requirements.txt and verify that they work. Needs no root and no compiler;
-# a second run sees that everything is in place and takes no time.
+# Set up .venv with the exact packages of requirements.lock and verify that they work. Needs no root and no compiler;
+# a second run sees that everything is in place and takes no time. Each package must have the sha256 that the lock
+# gives it; torch comes by version, because its build differs from machine to machine.
 #
 #   bash setup_env.sh            what training needs
 #   bash setup_env.sh --dev      and what tests/run.sh needs
@@ -60,10 +61,24 @@ make_venv() {
 
 # pip_install WHAT ARGUMENTS…
 pip_install() {
+    local errors="$VENV/.pip_errors"
     say "installing $1"
-    "$VENV/bin/python" -m pip install --quiet "${@:2}" ||
-        die 1 "pip could not install $1 (its own words are above)" \
-            "Check the network and the free disk space and run this again; what is installed already stays"
+    if { "$VENV/bin/python" -m pip install --quiet "${@:2}" 2>&1 >&3 | tee "$errors" >&2; } 3>&1; then return; fi
+    if grep -q "DO NOT MATCH THE HASHES" "$errors"; then
+        die 1 "a download for $1 is not the file that was tested, its sha256 differs (see above); none was installed" \
+            "Get it from another index (pip config list shows yours), or restore the pins: git checkout requirements*"
+    fi
+    die 1 "pip could not install $1 (its own words are above)" \
+        "Check the network and the free disk space and run this again; what is installed already stays"
+}
+
+# pip_install_locked WHAT ENTRIES ARGUMENTS…: by hash, and nothing that the lock doesn't name
+pip_install_locked() { pip_install "$1" --require-hashes --no-deps "${@:3}" -r "$2"; }
+
+# The entries of the lock in two files: DeepSpeed looks at the installed torch when it is built, so it comes last.
+split_lock() {
+    awk -v here="$VENV" '/^[a-z]/ { out = here (/^deepspeed==/ ? "/.deepspeed.lock" : "/.packages.lock") }
+        out { print >out }' requirements.lock
 }
 
 pin() { grep -m1 "^$1==" requirements.txt; }
@@ -84,18 +99,19 @@ install_torch() {
 
 install_base() {
     make_venv
+    split_lock
+    # before torch, which then finds what it shares with us in place and brings no copy that nobody checked
+    pip_install_locked "the packages of requirements.lock" "$VENV/.packages.lock" --only-binary :all:
     install_torch
-    pip_install "build helpers" "$(pin setuptools)" "$(pin wheel)" "$(pin ninja)"
-    # DeepSpeed's own build looks at the installed torch; without prebuilt ops it needs no compiler here
-    DS_BUILD_OPS=0 pip_install "$(pin deepspeed)" --no-build-isolation "$(pin deepspeed)"
-    pip_install "the rest of requirements.txt" -r requirements.txt
+    # without prebuilt ops it needs no compiler here
+    DS_BUILD_OPS=0 pip_install_locked "$(pin deepspeed)" "$VENV/.deepspeed.lock" --no-build-isolation
     pip_install "this project, editable" --no-deps --no-build-isolation --editable .
     verify
 }
 
 install_dev() {
     pip_install "requirements-dev.txt" -r requirements-dev.txt
-    pip_install "requirements-fake-gcs.txt" --require-hashes --no-deps -r requirements-fake-gcs.txt
+    pip_install_locked "requirements-fake-gcs.txt" requirements-fake-gcs.txt
 }
 
 install_flash() {
@@ -131,7 +147,11 @@ PYTHON
 
 # What an installation depends on: the pins, the interpreter, and the place (a venv can't be moved).
 fingerprint() {
-    { cat requirements*.txt pyproject.toml setup_env.sh && pwd && "$VENV/bin/python" --version; } 2>&1 | sha256sum
+    {
+        cat requirements*.txt requirements.lock pyproject.toml setup_env.sh
+        pwd
+        "$VENV/bin/python" --version
+    } 2>&1 | sha256sum
 }
 
 # in_place STAGE: whether this stage was finished for exactly these pins

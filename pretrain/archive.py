@@ -111,6 +111,8 @@ def _next_member(stream: IO[bytes], name: str, folder: Path) -> tarfile.TarInfo 
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise CheckpointError(f"{name}: {member.name!r} is no plain file (type {member.type!r})")
     tarfile.data_filter(member, str(folder))  # raises where the name leads outside
+    if member.name != Path(member.name).name:  # the filter strips a leading slash and lets folders be
+        raise CheckpointError(f"{name}: {member.name!r} is no plain file name")
     return member
 
 

@@ -47,14 +47,24 @@ from pathlib import Path
 from pretrain import log
 from pretrain.arguments import parse
 from pretrain.checkpoint_manifest import MANIFEST_FILE, Manifest
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, CheckpointError, ConfigError, StorageError, TrainerError
+from pretrain.errors import (
+    EXIT_DONE,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    DivergenceError,
+    ShardError,
+    StorageError,
+    TrainerError,
+)
 from pretrain.processes import Command, LaunchedCommand
 from pretrain.stopping import StopRequest, stop_request
 
 RESTARTS_FILE = "restarts.jsonl"
 POLL_S = 0.2
 KILLED = 128 + signal.SIGKILL
-FINAL = {EXIT_DONE} | {kind.exit_code for kind in TrainerError.__subclasses__()} - {StorageError.exit_code}
+MENDED_BY_HAND = (ConfigError, ShardError, CheckpointError, DivergenceError)
+FINAL = {EXIT_DONE, *(kind.exit_code for kind in MENDED_BY_HAND)}
 REASONS = {
     1: "it crashed",
     StorageError.exit_code: "storage could not be reached or written",

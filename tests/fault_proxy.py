@@ -11,6 +11,7 @@ Faults:
     "reset"             the connection is reset; the backend never sees the request
     "stall"             not one byte of an answer until the client hangs up; the backend never sees the request
     "truncate"          the answer ends in the middle of its body
+    "stall-midway"      the answer stops in the middle of its body until the client hangs up
     "lost-reply"        the backend does it, and the connection is reset instead of the answer
     "corrupt"           one bit in the middle of the body is flipped: of the request's (POST, PUT), else the answer's
 
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import re
 import socket
 import struct
@@ -34,6 +36,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 BLOCK_BYTES = 1 << 16
+FAULTS = ("reset", "stall", "stall-midway", "truncate", "lost-reply", "corrupt")
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "host", "accept-encoding"}
 
 
@@ -43,6 +46,8 @@ class _Plan:
     match: str
     times: int
     skip: int
+    share: float
+    luck: random.Random
 
     def applies(self, request: str) -> bool:
         """Whether this request is one to break; counts it off."""
@@ -51,8 +56,14 @@ class _Plan:
         if self.skip:
             self.skip -= 1
             return False
+        if self.share < 1 and self.luck.random() >= self.share:
+            return False
         self.times -= 1
         return True
+
+    def pick(self) -> str:
+        """The fault; one of them where there are several."""
+        return self.luck.choice(self.fault.split("|"))
 
 
 class FaultProxy:
@@ -61,6 +72,7 @@ class FaultProxy:
     def __init__(self, backend: str) -> None:
         self.backend = backend
         self.requests: list[str] = []  # "METHOD /path?query", in the order of their arrival
+        self.broken: list[str] = []  # those of them that met a fault
         self._plans: list[_Plan] = []
         self._lock = threading.Lock()
         self._server = _Server(("127.0.0.1", 0), self)
@@ -76,22 +88,28 @@ class FaultProxy:
         self._server.server_close()
         self._thread.join()
 
-    def inject(self, fault: str, match: str = "", times: int = 1, skip: int = 0) -> None:
+    def inject(
+        self, fault: str, match: str = "", times: int = 1, skip: int = 0, share: float = 1.0, seed: int = 0
+    ) -> None:
         """Break the next `times` requests (-1: all) whose "METHOD /path?query" holds `match` (a regular expression).
 
         Args:
+            fault: several, separated by "|", are drawn from at random.
             skip: so many matching requests pass first.
+            share: of the matching requests, drawn at random.
         """
-        if fault not in ("reset", "stall", "truncate", "lost-reply", "corrupt") and not re.fullmatch(r"\d{3}", fault):
-            raise ValueError(f"unknown fault {fault!r}")
+        for each in fault.split("|"):
+            if each not in FAULTS and not re.fullmatch(r"\d{3}", each):
+                raise ValueError(f"unknown fault {each!r}")
         with self._lock:
-            self._plans.append(_Plan(fault, match, times, skip))
+            self._plans.append(_Plan(fault, match, times, skip, share, random.Random(seed)))
 
     def clear(self) -> None:
         """Forget all plans and all requests."""
         with self._lock:
             self._plans.clear()
             self.requests.clear()
+            self.broken.clear()
 
     def count(self, match: str = "") -> int:
         """Requests that arrived and hold `match`."""
@@ -107,7 +125,10 @@ class FaultProxy:
         """Notes a request; the fault to break it with, or ''."""
         with self._lock:
             self.requests.append(request)
-            return next((plan.fault for plan in self._plans if plan.applies(request)), "")
+            fault = next((plan.pick() for plan in self._plans if plan.applies(request)), "")
+            if fault:
+                self.broken.append(request)
+            return fault
 
 
 class _Server(ThreadingHTTPServer):
@@ -153,8 +174,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def _stall(self) -> None:
-        while self.connection.recv(BLOCK_BYTES):
-            pass
+        with contextlib.suppress(ConnectionError):
+            while self.connection.recv(BLOCK_BYTES):
+                pass
         self.close_connection = True
 
     def _refuse(self, status: int) -> None:
@@ -183,7 +205,11 @@ class _Handler(BaseHTTPRequestHandler):
                 answer.read()
                 self._reset()
             else:
-                self._answer(answer, fault == "corrupt" and not writes, fault == "truncate")
+                self._answer(answer, fault == "corrupt" and not writes, fault in ("truncate", "stall-midway"))
+                if fault == "stall-midway":
+                    self._stall()
+                elif fault == "truncate":
+                    self._hang_up()
 
     def _length(self) -> str:
         return self.headers.get("Content-Length", "")
@@ -220,10 +246,11 @@ class _Handler(BaseHTTPRequestHandler):
         for block in _flipped(blocks, (total or 0) // 2 if corrupt else -1):
             self.wfile.write(block if allowed is None else block[: max(allowed - sent, 0)])
             sent += len(block)
-        if truncate:
-            self.wfile.flush()
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
+        self.wfile.flush()
+
+    def _hang_up(self) -> None:
+        self.connection.shutdown(socket.SHUT_RDWR)
+        self.close_connection = True
 
 
 def _blocks(file: Any, total: int) -> Iterator[bytes]:

@@ -163,7 +163,7 @@ class StartedProcess:
         """Wait until no process started from here is left, its launcher's orphans included."""
         self.process.wait(PATIENCE_S)
         deadline = time.monotonic() + PATIENCE_S
-        while left := self._orphans():
+        while left := self.survivors():
             if time.monotonic() > deadline:
                 raise AssertionError(f"{left} are left after {PATIENCE_S} s:\n{self.output}")
             time.sleep(0.01)
@@ -183,7 +183,7 @@ class StartedProcess:
     def kill(self) -> None:
         """SIGKILL to every process of the tree at one point in its time; returns when all are gone."""
         self.freeze()
-        processes = [*self._tree(), *self._orphans()]
+        processes = [*self._tree(), *self.survivors()]
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -196,8 +196,17 @@ class StartedProcess:
         root = psutil.Process(self.process.pid)
         return [root, *root.children(recursive=True)]
 
-    def _orphans(self) -> list[psutil.Process]:
-        """Processes of this start whose launcher is gone: their environment tells."""
+    def workers(self) -> list[psutil.Process]:
+        """The ranks that a launcher has started so far."""
+        found = []
+        for process in self._tree()[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if "RANK" in process.environ() and any(word.endswith("train.py") for word in process.cmdline()):
+                    found.append(process)
+        return found
+
+    def survivors(self) -> list[psutil.Process]:
+        """Processes of this start that still run, also where their launcher is gone: their environment tells."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):

@@ -1,0 +1,81 @@
+"""The benchmarks run to their end at a tiny scale; what they say there of speed is no matter."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.runs import ROOT, plain_environment
+
+CHECKPOINT = ROOT / "benchmarks" / "bench_checkpoint.py"
+
+
+def run(script: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), *options]
+    return subprocess.run(command, cwd=folder, env=plain_environment(), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def bench() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(CHECKPOINT)))
+
+
+def test_bench_checkpoint_saves_by_every_side(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    ended = run(CHECKPOINT, tmp_path, "--parameters", "3e5", "--rounds", "2", "--json", "--save", "--dir", str(work))
+    if "DeepSpeed can't run" in ended.stderr:
+        pytest.skip("no C++ compiler for DeepSpeed's CPU op")
+    assert ended.returncode in (0, 1), ended.stderr
+    tree = json.loads(ended.stdout)
+    assert (ended.returncode == 0) == tree["passed"]
+    assert [path.read_text() for path in tmp_path.glob("benchmarks/results/*/checkpoint.json")] == [ended.stdout]
+
+    values = {check["name"]: check["value"] for check in tree["checks"]}
+    assert 12 <= values["bytes_per_parameter"] <= 12.1
+    assert values["stall_share_at_a_save_a_minute"] > 0
+    sizes = {side: figures["bytes_per_parameter"] for side, figures in tree["sides"].items()}
+    assert 12 <= sizes["torch.save"] < 12.5
+    assert 14 <= sizes["deepspeed"] < 15  # bf16 weights, fp32 weights and moments
+    assert sizes["dcp.async_save"] >= 12  # and a fair amount of its own at this scale
+    assert len(tree["each_round"]) == 2
+    for stall_ms, total_ms in (cost for each in tree["each_round"] for cost in each.values()):
+        assert 0 < stall_ms <= total_ms
+    assert list(work.iterdir()) == []
+
+
+def test_bench_checkpoint_compares_with_the_median_of_the_ratios(bench: SimpleNamespace) -> None:
+    cost = bench.Cost
+    others = {"torch.save": cost(100, 200), "deepspeed": cost(50, 100), "dcp.async_save": cost(1, 1)}
+    rounds = [{"ours": cost(stall, total), **others} for stall, total in ((5, 90), (4, 80), (900, 900))]
+    found = {check.name: (check.value, check.passed) for check in bench.checks_of(rounds, 12.05)}
+    assert found == {
+        "stall_over_torch_save": (0.05, True),
+        "total_over_torch_save": (0.45, True),
+        "stall_over_deepspeed": (0.1, True),
+        "total_over_deepspeed": (0.9, True),
+        "stall_share_at_a_save_a_minute": (0.0083, True),
+        "bytes_per_parameter": (12.05, True),
+    }
+    slow = [{"ours": cost(60, 250), **others}]
+    assert not any(check.passed for check in bench.checks_of(slow, 12.2) if "share" not in check.name)
+
+
+@pytest.mark.parametrize("wanted", [1e5, 3e5, 1e7, 3e7, 1e9])
+def test_bench_checkpoint_builds_a_model_of_about_the_size(bench: SimpleNamespace, wanted: float) -> None:
+    shape = bench.shape_of(wanted)
+    assert shape.n_parameters == pytest.approx(wanted, rel=0.2)
+    assert shape.vocab_size == shape.padded_vocab_size
+
+
+@pytest.mark.parametrize("option", [("--rounds", "0"), ("--parameters", "1")])
+def test_bench_checkpoint_refuses_what_it_cannot_measure(tmp_path: Path, option: tuple[str, str]) -> None:
+    ended = run(CHECKPOINT, tmp_path, *option)
+    assert ended.returncode == 2
+    assert "must be at least 1" in ended.stderr
