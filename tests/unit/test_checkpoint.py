@@ -252,9 +252,11 @@ def test_a_document_that_is_no_object_is_refused(tmp_path):
         CheckpointReader(tmp_path / str(manifest.name), manifest).document("list.json")
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 64, (2**40).to_bytes(8, "little") + b"{}"], ids=["empty", "noise", "huge"]
+)
 def test_a_file_that_is_no_safetensors_is_a_checkpoint_error_though_its_manifest_fits(tmp_path, content):
-    manifest = write_checkpoint(tmp_path)
+    manifest = write_checkpoint(tmp_path, 1, 1)
     folder = tmp_path / str(manifest.name)
     (folder / part_name("model", 0, 1)).write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model-00001-of-00001\.safetensors can't be read as safetensors"):
