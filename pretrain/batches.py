@@ -100,12 +100,14 @@ class Batches:
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
         epoch = self._epoch(position.epoch)
         taken = epoch.taken(position) + rank * count
-        for row in range(count):
+        row = 0
+        while row < count:
             if taken >= self.windows_per_epoch:
                 # A step may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
-            self._reader.read(epoch.order, epoch.starts, epoch.window(taken) * self.seq_len, batch[row])
-            taken += 1
+            begins = epoch.windows(taken, count - row) * self.seq_len
+            self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
+            row, taken = row + len(begins), taken + len(begins)
         return batch, self._advance(position)
 
     def stream(
@@ -187,6 +189,10 @@ class _Epoch:
 
     def window(self, taken: int) -> int:
         """Index in the stream of the window taken after `taken` others."""
+        return int(self.windows(taken, 1)[0])
+
+    def windows(self, taken: int, count: int) -> np.ndarray:
+        """Indexes of the windows taken after `taken` others (n,) int64: `count` of them, or up to their group's end."""
         shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
         group = shard // self._group_size
         current, first, shuffled = self._group
@@ -195,7 +201,7 @@ class _Epoch:
             end = int(self.bounds[min((group + 1) * self._group_size, len(self.order))])
             shuffled = _shuffled(end - first, self._seed, self.number, group + 1)
             self._group = (group, first, shuffled)
-        return first + int(shuffled[taken - first])
+        return first + shuffled[taken - first : taken - first + count]
 
 
 class _Reader:
@@ -203,6 +209,20 @@ class _Reader:
 
     def __init__(self, shards: tuple[Shard, ...]) -> None:
         self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda index: shards[index].tokens())
+
+    def read_rows(self, order: np.ndarray, starts: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
+        """Fill each row of `out` (rows, n) with the n tokens of the stream from its own of `begins` (rows,).
+
+        All places are looked up at once: one by one they cost more than the copies.
+        """
+        places = np.searchsorted(starts[: len(order)], begins, side="right") - 1
+        offsets = (begins - starts[places]).tolist()
+        for row, (index, offset) in enumerate(zip(order[places].tolist(), offsets, strict=True)):
+            piece = self._tokens(index)[offset : offset + out.shape[1]]
+            if len(piece) == out.shape[1]:
+                out[row] = piece
+            else:  # it goes on in the next shard
+                self.read(order, starts, int(begins[row]), out[row])
 
     def read(self, order: np.ndarray, starts: np.ndarray, start: int, out: np.ndarray) -> None:
         """Fill `out` (n,) with the tokens [start, start + n) of the stream.

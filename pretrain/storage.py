@@ -4,8 +4,8 @@
     for info in store.list():
         store.download(info.name, cache / info.name)
 
-Here are the contract, the folder (`LocalStore`) and what both stores share. The bucket is `gcs.py`, which is imported
-only when a gs:// url is opened: importing the google client takes about a second.
+Here are the contract, the folder (`LocalStore`) and what the stores share. The bucket is `gcs.py`, which is imported
+only when a gs:// url is opened: importing the google client takes about a second. Other schemes are `fsspec_store.py`.
 """
 
 from __future__ import annotations
@@ -135,10 +135,11 @@ class ObjectStore(Protocol):
 
 
 def open_store(url: str, config: StorageConfig) -> ObjectStore:
-    """The store at gs://bucket/prefix, at file:///folder or in a folder.
+    """The store at gs://bucket/prefix, at file:///folder or in a folder; of other schemes, one to read from.
 
     Raises:
-        ConfigError: the url, the emulator's address or the place of the credentials can't be right.
+        ConfigError: the url, the emulator's address or the place of the credentials can't be right, or the package of
+            that scheme is not installed.
         StorageError: the credentials can't be used.
     """
     scheme, separator, rest = url.partition("://")
@@ -146,12 +147,12 @@ def open_store(url: str, config: StorageConfig) -> ObjectStore:
         if not url:
             raise ConfigError("the storage url is empty", "Give gs://bucket/prefix or a folder.")
         return LocalStore(Path(url))
-    if scheme == "file":
+    if scheme in ("file", "local"):
         return LocalStore(Path(unquote(urlsplit(url).path)))
     if scheme != "gs":
-        raise ConfigError(
-            f"{url}: {scheme}:// is not supported", "Give gs://bucket/prefix, file:///folder or a folder."
-        )
+        from pretrain.fsspec_store import FsspecStore  # here, for the few who have such a bucket
+
+        return FsspecStore(url, config)
     from pretrain.gcs import GcsStore  # here, because importing the google client takes about a second
 
     bucket, _, prefix = rest.partition("/")

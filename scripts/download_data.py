@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line; argparse ends the program with 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--data", required=True, metavar="URL", help="where the shards are: gs://bucket/prefix or a folder"
+        "--data", required=True, metavar="URL", help="where the shards are: gs://bucket/prefix, a folder, s3://, hf://…"
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder they go to")
     parser.add_argument("--pattern", default="*.npz", help="which files are shards, by their base name (*.npz)")
@@ -238,17 +238,22 @@ class Stager:
     def _stage_one(self, info: ObjectInfo, progress: TransferProgress) -> tuple[ShardEntry, bool]:
         """(the shard's entry, whether it was downloaded now). Raises ShardError where it is bad."""
         path = self._path(info)
-        crc32c = info.crc32c
-        if not crc32c and isinstance(self.store, LocalStore):
-            crc32c = crc32c_of_file(self.store.root / info.name)
-        fetched = not _has_size(path, info.size) or crc32c_of_file(path) != crc32c
+        crc32c = info.crc32c or self._known_crc32c(info)
+        fetched = not crc32c or not _has_size(path, info.size) or crc32c_of_file(path) != crc32c
         if fetched:
-            self.store.download(info.name, path, progress.add_bytes)
+            crc32c = self.store.download(info.name, path, progress.add_bytes).crc32c or crc32c
         else:
             progress.add_bytes(info.size)
         entry = self.verified.get((info.name, crc32c)) or self._open(info, path, crc32c)
         progress.add_file()
         return entry, fetched
+
+    def _known_crc32c(self, info: ObjectInfo) -> str:
+        """Of an object whose store keeps none: a folder's file is read, else the source's manifest may tell; or ""."""
+        if isinstance(self.store, LocalStore):
+            return crc32c_of_file(self.store.root / info.name)
+        entries = self.source_manifest.shards if self.source_manifest else ()
+        return next((entry.crc32c for entry in entries if (entry.name, entry.bytes) == (info.name, info.size)), "")
 
     def _open(self, info: ObjectInfo, path: Path, crc32c: str) -> ShardEntry:
         tokens, lengths = read_npz(path, pad_token_id=self.options.pad_token_id)

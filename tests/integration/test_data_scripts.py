@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec  # type: ignore[import-untyped]
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from pretrain.npz import read_npz
 from pretrain.shards import fetch_shards
 from pretrain.storage import open_store
 from scripts import download_data, make_demo_data
+from tests.runs import make_shards, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = ["--shards", "7", "--tokens", "70005", "--vocab_size", "1000"]
@@ -266,3 +268,40 @@ def test_wrong_settings_and_places_end_with_the_contracts_exit_codes(source, tmp
     assert download(source, tmp_path / "data") == 4
     assert "4 shards need" in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def test_shards_behind_fsspec_are_staged_and_known_again_by_the_manifest(source, tmp_path, capsys):
+    url = f"memory://{tmp_path.name}"
+    fs, root = fsspec.url_to_fs(url)
+    fs.put(f"{source}/", root, recursive=True)
+    for _ in range(2):  # nothing there tells a checksum, so nothing is known to be right
+        assert download(url, tmp_path / "data") == 0
+        assert "4 downloaded now" in capsys.readouterr().out
+    staged = content(tmp_path / "data")
+    assert {name: data for name, data in staged.items() if name != "manifest.json"} == content(source)
+    fs.pipe_file(f"{root}/manifest.json", staged["manifest.json"])
+    (tmp_path / "data" / "s_0.npz").unlink()
+    assert download(url, tmp_path / "data") == 0
+    assert "1 downloaded now" in capsys.readouterr().out
+    assert content(tmp_path / "data") == staged
+    fs.pipe_file(f"{root}/s_1.npz", b"torn")
+    assert download(url, tmp_path / "data") == 3
+    assert "s_1.npz" in capsys.readouterr().err
+
+
+def test_the_command_stages_a_file_url(source, tmp_path):
+    run = run_script("download_data", "--data", source.as_uri(), "--output_dir", "data", "--json", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout)["tokens"] == 206
+    assert {name: data for name, data in content(tmp_path / "data").items() if name != "manifest.json"} == content(
+        source
+    )
+
+
+def test_training_reads_a_file_url(tmp_path):
+    shards = make_shards(tmp_path / "elsewhere" / "with space")
+    ended = train(tmp_path, "--data", shards.as_uri(), "--max-steps", "2")
+    assert ended.code == 0, ended.output
+    assert "6 shards, 12,000 tokens" in ended.output
+    refused = train(tmp_path, "--data", shards.as_uri(), "--checkpoints", "s3://bucket/x")
+    assert refused.code == 2 and "a commit needs a creation" in refused.output

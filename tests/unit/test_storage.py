@@ -298,11 +298,13 @@ def test_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     assert open_store(str(tmp_path), CONFIG).url == str(tmp_path)
     assert open_store(f"file://{tmp_path}", CONFIG).url == str(tmp_path)
+    assert isinstance(open_store(f"local://{tmp_path}", CONFIG), LocalStore)
+    assert open_store("memory://some/prefix/", CONFIG).url == "memory://some/prefix"
     assert open_store("gs://bucket", CONFIG).url == "gs://bucket"
     assert open_store("gs://bucket/some/prefix/", CONFIG).url == "gs://bucket/some/prefix"
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://", "gs:///x", ""])
+@pytest.mark.parametrize("url", ["quux://bucket/x", "gs://", "gs:///x", ""])
 def test_other_urls_are_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="gs://bucket/prefix"):
         open_store(url, CONFIG)
