@@ -9,7 +9,8 @@ What runs this behind the training is `upload_queue.py`.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -129,16 +130,29 @@ class BucketRun:
             if self._archive != "none" and job.files:
                 archives = self._upload_archive(job, rank)
                 plain = tuple(file for file in job.files if not file.endswith(TENSORS_SUFFIX))
-            with ThreadPoolExecutor(self._workers) as pool:
-                problems = [
-                    problem for problem in pool.map(lambda file: self._upload_file(job, file), plain) if problem
-                ]
+            problem = self._upload_files(job, plain)
             failpoint("upload.after_files")
-            return (problems[0] if problems else ""), archives
+            return problem, archives
         except OSError as error:  # of this machine's disk: the bucket's are StorageErrors
             return str(disk_problem(error, job.folder) or error), {}
         except (StorageError, CheckpointError) as error:
             return str(error), {}
+
+    def _upload_files(self, job: UploadJob, files: Sequence[str]) -> str:
+        """Upload in parallel, and begin no other file once one has failed: each has a deadline of its own."""
+        failed = threading.Event()
+
+        def send(file: str) -> str:
+            if failed.is_set():
+                return ""
+            try:
+                return self._upload_file(job, file)
+            except Exception:
+                failed.set()
+                raise
+
+        with ThreadPoolExecutor(self._workers) as pool:
+            return next(filter(None, list(pool.map(send, files))), "")
 
     def _upload_file(self, job: UploadJob, file: str) -> str:
         found = self.store.upload(job.folder / file, f"{self._prefix(job)}/{file}")
@@ -179,12 +193,18 @@ class BucketRun:
             commits = list_commits(self.store, self.run_name, self._known)
             if ahead := self._ahead_of(_order(manifest), commits):
                 return {"problem": "", "conflict": ahead}
-            stale = self._known.pop(manifest.name, None)
+            stale = self._known.get(manifest.name)
             if stale and (stale.manifest is None or stale.manifest.to_bytes() != manifest.to_bytes()):
                 logger.info("%s: an earlier commit of this step is superseded", manifest.name)
                 self.store.delete(target, stale.generation)
+                del self._known[manifest.name]  # not before it is gone: the next try must not take it for a stranger's
             created = self.store.create(target, manifest.to_bytes())
-            self._known[manifest.name] = commits[manifest.name] = BucketManifest(created.generation, manifest)
+            self._known[manifest.name] = BucketManifest(created.generation, manifest)
+            # Looked at again: this process may have been stopped since, and others have gone on and pruned this name.
+            commits = list_commits(self.store, self.run_name, self._known)
+            if ahead := self._ahead_of(_order(manifest), commits):
+                self.store.delete(target, created.generation)
+                return {"problem": "", "conflict": ahead}
             self._last = max(self._last, _order(manifest))
             logger.info("%s committed to %s", manifest.name, self.store.url)
             failpoint("upload.after_commit")

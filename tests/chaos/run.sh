@@ -34,6 +34,6 @@ if [ "$(id -u)" != 0 ] && unshare --user --map-root-user --mount true 2>/dev/nul
     namespace=(unshare --user --map-root-user --mount)
 fi
 code=0
-"${namespace[@]}" .venv/bin/python -m pytest tests/chaos -v -k "not few" -p no:cacheprovider --basetemp="$scratch/runs" >&2 || code=$?
+"${namespace[@]}" .venv/bin/python -m pytest tests/chaos -v -k "not few" -o timeout=3600 -p no:cacheprovider --basetemp="$scratch/runs" >&2 || code=$?
 .venv/bin/python -m tests.chaos.report "$CHAOS_RESULTS" "${report[@]}" || exit
 [ "$code" = 0 ]  # an error outside of the tests

@@ -131,6 +131,21 @@ def test_one_who_is_behind_somebody_else_stops_though_their_commit_of_that_step_
     assert str(late.name) not in uploads.commits() and str(ahead.name) in uploads.commits()
 
 
+def test_one_that_slept_before_its_commit_takes_it_back_where_others_have_gone_on(tmp_path):
+    """Stopped between its look at the bucket and its commit, whose name the others have pruned meanwhile."""
+    ahead = write_checkpoint(tmp_path / "theirs", 20, 4, attempt="theirs")
+
+    def before(called, name):
+        if called == "create" and "step10" in name and not uploads.commits():
+            upload_checkpoint(uploads.store.store, RUN, tmp_path / "theirs", ahead)
+
+    uploads = Uploads(tmp_path, before=before)
+    uploads.put(10, 2)
+    uploads.queue.close()
+    assert isinstance(uploads.queue.failure, CheckpointError) and f"{ahead.name} is new" in uploads.queue.failure.what
+    assert uploads.commits() == {str(ahead.name): ahead}
+
+
 @pytest.mark.parametrize("torn", [False, True])
 def test_a_commit_that_was_there_at_the_start_is_superseded(tmp_path, torn):
     store = LocalStore(tmp_path / "bucket")
@@ -142,6 +157,43 @@ def test_a_commit_that_was_there_at_the_start_is_superseded(tmp_path, torn):
     manifest = uploads.commit(5, 2)
     uploads.queue.close()
     assert uploads.commits() == {str(manifest.name): manifest}
+
+
+@pytest.mark.parametrize("method", ["delete", "create"])
+def test_one_that_could_not_be_superseded_at_once_is_no_conflict_later(tmp_path, method):
+    store = LocalStore(tmp_path / "bucket")
+    before = write_checkpoint(tmp_path / "before", 5, 1, attempt="before")
+    upload_checkpoint(store, RUN, tmp_path / "before", before)
+    failing = [StorageError("503 for too long")]
+
+    def fail_once(called, name):
+        if called == method and name == target(before) and failing:
+            raise failing.pop()
+
+    uploads = Uploads(tmp_path, before=fail_once)
+    manifest = uploads.put(5, 2)
+    uploads.queue.wait()
+    assert uploads.queue.waiting == [str(manifest.name)] and uploads.queue.failure is None
+    uploads.commit(10, 3)
+    uploads.queue.close()
+    assert uploads.queue.failure is None and uploads.commits()[str(manifest.name)] == manifest
+
+
+def test_a_bucket_that_is_away_costs_one_deadline_and_not_one_for_each_file(tmp_path):
+    begun = []
+    barrier = threading.Barrier(2)  # of both workers
+
+    def away(called, name):
+        if called == "upload":
+            begun.append(name)
+            barrier.wait(timeout=10)
+            raise StorageError("503 for too long")
+
+    uploads = Uploads(tmp_path, before=away)
+    manifest = uploads.put(5, 1)
+    uploads.queue.close()
+    assert len(manifest.files) > 2 and len(begun) == 2
+    assert "503 for too long" in uploads.told[0][2]
 
 
 def test_one_that_changed_since_the_start_is_not_superseded(tmp_path):
