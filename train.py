@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pretrain.divergence import Trouble, Watch
     from pretrain.engine.base import Engine
     from pretrain.history import LossTracker
+    from pretrain.model_config import ModelConfig
     from pretrain.progress import DataOrder, Progress
     from pretrain.ranks import Ranks
     from pretrain.run import Run
@@ -121,7 +122,7 @@ def build(invocation: Invocation) -> Run:
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
     history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
     if checkpoint is not None:
-        progress = take_over(checkpoint, model, engine, corpus.order, history, watch)
+        progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
     steps = {"total_steps": total_steps, "first_step": progress.step}
@@ -179,16 +180,17 @@ def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) ->
 
 def take_over(
     checkpoint: CheckpointReader,
-    model: GPT,
+    model: ModelConfig,
     engine: Engine,
     order: DataOrder,
     history: LossTracker,
     watch: Watch,
 ) -> Progress:
     """Load a checkpoint into the engine, the history and the watch; returns where it stood."""
+    from pretrain.model_config import parameter_shapes
     from pretrain.progress import read_progress
 
-    checkpoint.check_shapes({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    checkpoint.check_shapes(dict(parameter_shapes(model)))
     progress, state = read_progress(checkpoint, order, history, watch)
     engine.load(checkpoint.parameter_state, state)
     logger.info("resumed %s: step %d, %s", checkpoint.folder.name, progress.step, progress.position)
@@ -263,13 +265,11 @@ def evaluate(run: Run) -> None:
     """The validation loss, and a sample; each where it is asked for."""
     import torch
 
+    from pretrain.engine.validation import validation_loss
+
     if run.corpus.validation is not None:
-        total = count = 0.0
-        for sequences in torch.from_numpy(run.corpus.validation).split(run.config.batch.micro_size):
-            if len(sequences):  # there may be fewer sequences than ranks, which share them
-                total += run.engine.evaluate(sequences) * len(sequences)
-                count += len(sequences)
-        run.val_loss = run.ranks.mean(total) / run.ranks.mean(count)
+        sequences = torch.from_numpy(run.corpus.validation)
+        run.val_loss = validation_loss(run.engine, sequences, run.config.batch.micro_size, run.ranks)
         run.history.validated(run.progress.step, run.val_loss)
     run.sample()
 

@@ -71,7 +71,7 @@ def build(n_new: int, device: torch.device) -> GPT:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter *= 3
+                parameter.mul_(3)
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 

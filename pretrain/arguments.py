@@ -20,6 +20,7 @@ import yaml
 
 from pretrain.config import Config
 from pretrain.config_checks import validate
+from pretrain.engine.choice import engine_problems
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
 from pretrain.hf_source import starting_settings
@@ -140,7 +141,7 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
         model=config.model.resolve(),
         run=dataclasses.replace(config.run, name=config.run.name or config_name),
     )
-    problems = validate(config, world_size)
+    problems = validate(config, world_size) + engine_problems(config.engine, world_size)
     if not problems and config.engine.name == "deepspeed":
         _, problems = deepspeed_settings(config.engine, config.optim, config.batch, config.train.precision, world_size)
     if problems:

@@ -28,7 +28,7 @@ class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
-    """Where the training shards are: gs://bucket/prefix or a folder."""
+    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
@@ -125,8 +125,18 @@ class TrainConfig:
 class EngineConfig:
     """What runs the forward pass, the backward pass and the update."""
 
-    name: Literal["deepspeed", "native"] = "deepspeed"
-    """deepspeed: ZeRO-2; native: plain torch, data parallel."""
+    name: Literal["deepspeed", "ddp", "fsdp", "single", "native"] = "deepspeed"
+    """deepspeed: ZeRO; ddp: every rank holds everything; fsdp: ranks share everything (FSDP2); single: one rank;
+    native: single on one rank, ddp on several."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed divides among ranks: 0 nothing, 1 master weights and moments, 2 gradients too, 3 weights too."""
+    offload_optimizer: bool = False
+    """DeepSpeed keeps master weights and moments in host memory and updates them there: slower, for want of memory."""
+    fsdp_shard: Literal["full", "hybrid"] = "full"
+    """full: FSDP shares over all ranks; hybrid: over the ranks of a node, and each node holds everything (HSDP)."""
+    fsdp_reduce: Literal["step", "micro_step"] = "step"
+    """step: FSDP reduces gradients once a step and keeps whole ones in fp32 until then; micro_step: after each
+    micro-batch, and keeps its share alone."""
     ds_config: str = ""
     """JSON of what only DeepSpeed needs to know; empty: the ds_config.json beside train.py."""
     initial_loss_scale: float = 65536.0

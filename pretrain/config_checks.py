@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from pretrain.config import BatchConfig, Config
+from pathlib import Path
+
+from pretrain.config import BatchConfig, CheckpointConfig, Config
 from pretrain.model_config import model_problems
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    return [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
+
+
+def _same_place_problems(checkpoint: CheckpointConfig) -> list[str]:
+    scheme, separator, rest = checkpoint.url.partition("://")
+    if not checkpoint.url or (separator and scheme not in ("file", "local")):
+        return []
+    here, there = Path(checkpoint.dir), Path(rest if separator else checkpoint.url)
+    if here.expanduser().resolve() != there.expanduser().resolve():
+        return []
+    return [f"checkpoint.url {checkpoint.url} is checkpoint.dir: each commit there would look like another trainer's"]
+
+
+def _place_problems(checkpoint_url: str) -> list[str]:
+    scheme, separator, _ = checkpoint_url.partition("://")
+    if not separator or scheme in ("gs", "file", "local"):
+        return []
+    why = "a commit needs a creation that fails where the name is taken, and fsspec promises none"
+    return [f"checkpoint.url {checkpoint_url}: {why}: give gs://bucket/prefix or a folder (data.source may be there)"]
 
 
 def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:

@@ -4,6 +4,16 @@ A step is walked from its forward pass to its update, and at each moment that ca
 added up: `peak` is the largest. What a forward pass saves is `activations.py`. Counted is what torch's allocator hands
 out in eager mode; CUDA's own share is `FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute
 precision, P parameters, N ranks.
+
+Counted against torch's tracker (one rank) and DeepSpeed's real allocations (ZeRO-1 and 2, two ranks) by tests. Derived
+from how they work, and not measured: `ddp`'s messages, ZeRO-0, ZeRO-3, offloading and FSDP:
+
+                 weights                       masters, moments   gradients held             gradients at most
+    ddp          c·P                           12·P               4·P if accumulating        4·P
+    ZeRO-0       c·P                           12·P               c·P if accumulating        c·P, + 4·P in half
+    ZeRO-3       c·P/N + gathered              12·P/N             c·P/N                      c·P/N + buckets
+    FSDP         gathered                      12·P/N             4·P if accumulating        4·P/N
+                                                                  (4·P/N by the micro-step)
 """
 
 from __future__ import annotations
@@ -43,28 +53,48 @@ class Sharding:
     """Which engine holds the tensors, and what of them it divides over the ranks.
 
     Args:
-        engine: "native" or "deepspeed".
-        stage: of ZeRO: 0 divides nothing, 1 master weights and moments, 2 gradients too.
+        engine: "native", "single", "ddp", "fsdp" or "deepspeed".
+        stage: of ZeRO: 0 divides nothing, 1 master weights and moments, 2 gradients too, 3 weights too; FSDP is a 3.
         bucket_elements: elements of one of DeepSpeed's reduction buffers.
         buckets: how many of those there are; two where communication overlaps the backward pass.
+        offload: master weights and moments lie in host memory.
+        keeps_gradients: FSDP reduces once a step, and keeps whole gradients until then.
+        live_elements: of whole weights that ZeRO-3 may gather ahead of their use.
+        ranks: that a share is divided over, where they are fewer than all: the ranks of a node in HSDP; 0: all.
     """
 
     engine: str = "native"
     stage: int = 0
     bucket_elements: int = 0
     buckets: int = 0
+    offload: bool = False
+    keeps_gradients: bool = True
+    live_elements: int = 0
+    ranks: int = 0
 
     @classmethod
     def of_deepspeed(cls, settings: dict[str, Any]) -> Sharding:
         """From DeepSpeed's configuration, as `deepspeed_settings` gives it."""
         zero = settings["zero_optimization"]
+        stage, offload = int(zero["stage"]), "offload_optimizer" in zero
         elements = int(zero.get("reduce_bucket_size", 5e8)) if zero.get("contiguous_gradients", True) else 0
-        return cls("deepspeed", int(zero["stage"]), elements, 2 if zero.get("overlap_comm") else 1)
+        if stage == 0:
+            return cls("deepspeed", 0)
+        buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
+        live = int(zero.get("stage3_prefetch_bucket_size", 5e7)) if stage == 3 else 0
+        return cls("deepspeed", stage, elements, buckets, offload, live_elements=live)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every rank has everything, under plain torch."""
+        return self.engine in ("native", "single", "ddp")
 
     @property
     def title(self) -> str:
         """As a reader knows it: "deepspeed ZeRO-2"."""
-        return f"{self.engine} ZeRO-{self.stage}" if self.stage else self.engine
+        if self.engine != "deepspeed":
+            return self.engine
+        return f"deepspeed ZeRO-{self.stage}{' offload' if self.offload else ''}"
 
 
 @dataclass(frozen=True)
@@ -111,12 +141,12 @@ class Setup:
     @property
     def optimizer_ranks(self) -> int:
         """Ranks that divide the master weights and the moments among themselves."""
-        return self.world_size if self.sharding.stage >= 1 else 1
+        return (self.sharding.ranks or self.world_size) if self.sharding.stage >= 1 else 1
 
     @property
     def gradient_ranks(self) -> int:
         """Ranks that divide the gradients among themselves."""
-        return self.world_size if self.sharding.stage >= 2 else 1
+        return self.optimizer_ranks if self.sharding.stage >= 2 else 1
 
 
 @dataclass(frozen=True)
@@ -178,9 +208,9 @@ def timeline(setup: Setup) -> Iterator[Moment]:
     head = acts.c * model.padded_vocab_size * model.d_model  # gradient of the output head
     still = Moment(
         "",
-        weights=acts.c * size,
-        masters=FP32_BYTES * size // setup.optimizer_ranks,
-        moments=MOMENTS_BYTES * size // setup.optimizer_ranks,
+        weights=_weights(setup),
+        masters=0 if setup.sharding.offload else FP32_BYTES * size // setup.optimizer_ranks,
+        moments=0 if setup.sharding.offload else MOMENTS_BYTES * size // setup.optimizer_ranks,
     )
     held, flowing = _held_gradients(setup), _reduction_buffers(setup)
 
@@ -211,65 +241,108 @@ def timeline(setup: Setup) -> Iterator[Moment]:
         yield at(when, gradients, 0, 0, communication)
 
 
-# ---- gradients, as the engine keeps them ----
+# ---- weights and gradients, as the engine keeps them ----
+
+
+def _weights(setup: Setup) -> int:
+    """Bytes of compute weights: all, or with divided weights what is gathered, and in ZeRO-3 the share it is made from.
+
+    Gathered are at most what lies outside the blocks, a block that computes and the one that comes next.
+    """
+    c, size = COMPUTE_BYTES[setup.precision], sum(parameter_sizes(setup.model))
+    if setup.sharding.stage < 3:
+        return c * size
+    block = _block_size(setup.model)
+    gathered = size - setup.model.n_layer * block + 2 * block
+    if setup.sharding.engine == "fsdp":  # its share is the master weights themselves
+        return c * gathered
+    return c * (size // setup.optimizer_ranks + min(size, gathered + setup.sharding.live_elements))
 
 
 def _held_gradients(setup: Setup) -> int:
     """Bytes of gradients that earlier micro-batches left when the last one begins its backward pass."""
+    c, size = COMPUTE_BYTES[setup.precision], sum(parameter_sizes(setup.model))
+    if setup.sharding.engine == "deepspeed" and setup.sharding.stage == 3:  # one buffer, there from the start
+        return c * size // setup.gradient_ranks
     if not setup.accumulates:
         return 0
-    size = sum(parameter_sizes(setup.model))
-    if setup.sharding.engine == "native":
-        return FP32_BYTES * size
-    return COMPUTE_BYTES[setup.precision] * size // setup.gradient_ranks
+    if setup.sharding.engine == "deepspeed":
+        return c * size // setup.gradient_ranks
+    return FP32_BYTES * size // (1 if setup.sharding.keeps_gradients else setup.gradient_ranks)
 
 
 def _all_gradients(setup: Setup) -> int:
     """Bytes of gradients at the end of the backward pass, the embedding's and the head's not counted."""
     c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
-    if sharding.engine == "native":
+    if sharding.is_plain and setup.world_size == 1:
         return _held_gradients(setup) + c * sum(sizes[1:])
-    if setup.gradient_ranks == 1:  # ZeRO-1 accumulates in place
+    if sharding.is_plain:  # the masters have them as soon as they travel
+        return FP32_BYTES * sum(sizes)
+    if sharding.engine == "fsdp":  # what is reduced is freed
+        return max(_held_gradients(setup), FP32_BYTES * sum(sizes) // setup.gradient_ranks)
+    if setup.gradient_ranks == 1:  # ZeRO-0 and 1 accumulate in place
         return c * sum(sizes[1:])
+    if sharding.stage == 3:
+        return _held_gradients(setup)
     return _held_gradients(setup) + c * sum(sizes) // setup.gradient_ranks  # ZeRO-2: a new share each micro-batch
 
 
 def _reduction_buffers(setup: Setup) -> int:
-    """Bytes in which gradients travel during the backward pass: DeepSpeed's buckets, and the copy that it reduces."""
-    if setup.sharding.engine == "native":
-        return 0  # it reduces behind the backward pass
-    elements = setup.sharding.bucket_elements
-    copied = min(elements, sum(parameter_sizes(setup.model))) if setup.world_size > 1 else 0
-    return COMPUTE_BYTES[setup.precision] * (setup.sharding.buckets * elements + copied)
+    """Bytes in which gradients travel during the backward pass, and with divided weights the next block's weights.
+
+    DeepSpeed has its buckets, and the copy that it reduces; FSDP a block's gradients as they are, in fp32 as they
+    travel, and the buffer that a block is gathered in.
+    """
+    c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
+    if sharding.engine == "fsdp":
+        return (2 * c + FP32_BYTES) * _block_size(setup.model)
+    if sharding.is_plain:
+        return MESSAGES * FP32_BYTES * _largest_message(sizes) if setup.world_size > 1 else 0
+    copied = min(sharding.bucket_elements, sum(sizes)) if setup.world_size > 1 else 0
+    return c * (sharding.buckets * sharding.bucket_elements + copied)
 
 
 def _update(setup: Setup) -> Iterator[tuple[str, int, int]]:
     """(moment, bytes of gradients, bytes of communication) from the end of the backward pass to the new weights."""
     c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
-    size, fp32 = sum(sizes), FP32_BYTES * sum(sizes)
-    if sharding.engine == "native":
-        moved = 0 if c == FP32_BYTES else c * size  # fp32 gradients become the masters' without a copy
-        start = fp32 + moved if setup.accumulates else max(fp32, moved + FP32_BYTES * sizes[0])
-        both = 2 * fp32 if c == FP32_BYTES and setup.accumulates else start
-        yield "gradients to the masters", both, 0
-        yield "the all-reduce", fp32, FP32_BYTES * _largest_message(sizes) if setup.world_size > 1 else 0
-        return
-    share, largest = size // setup.optimizer_ranks, max(sizes)
-    left = c * (size // setup.gradient_ranks)
-    yield "the gradient norm", left + NORM_BYTES * min(largest, share), 0
-    flat = FP32_BYTES * share if c != FP32_BYTES else 0
-    yield "the update", left + c * share + flat, 0
+    size, fp32, largest = sum(sizes), FP32_BYTES * sum(sizes), max(sizes)
     # named full fp32 tensors of one parameter: the weight and its two moments
-    yield "a checkpoint's copy", 0, (FP32_BYTES + MOMENTS_BYTES) * largest
+    copied = ("a checkpoint's copy", 0, (FP32_BYTES + MOMENTS_BYTES) * largest)
+    if sharding.is_plain:
+        if setup.world_size == 1:
+            moved = 0 if c == FP32_BYTES else c * size  # fp32 gradients become the masters' without a copy
+            start = fp32 + moved if setup.accumulates else max(fp32, moved + FP32_BYTES * sizes[0])
+            yield "gradients to the masters", 2 * fp32 if c == FP32_BYTES and setup.accumulates else start, 0
+        yield "the all-reduce", fp32, _reduction_buffers(setup)
+    elif sharding.engine == "fsdp":
+        yield "the update", fp32 // setup.gradient_ranks, 0
+        yield copied
+    elif sharding.stage == 0:  # a copy of all gradients travels; in half precision they are then copied to fp32
+        yield "the all-reduce", c * size, c * min(size, ZERO_0_MESSAGE_ELEMENTS) if setup.world_size > 1 else 0
+        yield "the update", c * size + (fp32 if c != FP32_BYTES else 0), 0
+    else:
+        share = size // setup.optimizer_ranks
+        left = c * (size // setup.gradient_ranks)
+        yield "the gradient norm", left + NORM_BYTES * min(largest, share), 0
+        flat = FP32_BYTES * share if c != FP32_BYTES and not sharding.offload else 0
+        yield "the update", left + c * share + flat, 0
+        yield copied
 
 
-NATIVE_MESSAGE_ELEMENTS = 64 * 2**20  # engine/native.py's REDUCE_BUCKET_ELEMENTS; a test holds them together
+def _block_size(model: ModelConfig) -> int:
+    """Elements of the parameters of one block."""
+    return sum(math.prod(shape) for name, shape in parameter_shapes(model) if name.startswith("blocks.0."))
+
+
+MESSAGES = 2  # engine/reduction.py's, as the next one: a test holds them together
+NATIVE_MESSAGE_ELEMENTS = 16 * 2**20
+ZERO_0_MESSAGE_ELEMENTS = 500_000_000  # DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 
 
 def _largest_message(sizes: list[int]) -> int:
-    """Elements of the native engine's largest all-reduce: parameters are added to a message until it is full."""
+    """Elements of the native engine's largest message: parameters are added, the last first, until it is full."""
     largest = message = 0
-    for size in sizes:
+    for size in reversed(sizes):
         message += size
         largest = max(largest, message)
         if message >= NATIVE_MESSAGE_ELEMENTS:

@@ -26,6 +26,7 @@ CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
 RECOMPUTED = {"selective": 1.05, "full": 4 / 3}
 MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST_GPUS = 1024
+GPUS_OF_A_NODE = 8  # assumed, for shares within a node
 CHUNKS = 8  # of the loss, where a mend proposes them
 
 
@@ -116,8 +117,11 @@ def make_setup(
     Raises:
         ConfigError: ds_config.json can't be used.
     """
-    sharding = Sharding()
-    if engine.name == "deepspeed":
+    sharding = Sharding(engine.name)
+    if engine.name == "fsdp":
+        node = min(GPUS_OF_A_NODE, world_size) if engine.fsdp_shard == "hybrid" else 0
+        sharding = Sharding("fsdp", 3, keeps_gradients=engine.fsdp_reduce == "step", ranks=node)
+    elif engine.name == "deepspeed":
         settings, problems = deepspeed_settings(engine, optim, batch, precision, world_size)
         if problems:
             raise ConfigError(problems)

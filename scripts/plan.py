@@ -24,10 +24,11 @@ from pretrain.arguments import parse
 from pretrain.config import Config
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.gpus import CARDS
-from pretrain.listings import Row, print_table, show_rows
-from pretrain.memory import COMPONENTS, Setup, Sharding
+from pretrain.listings import print_table, show_rows
+from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
-from pretrain.plan import GB, Budget, Gpu, Speed
+from pretrain.plan import GB, Gpu, Speed
+from pretrain.plan_views import comparison_row, course_rows, feasibility_rows, gigabytes, memory_rows, setting_rows
 
 EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2
 # option: the field of train.py that it sets
@@ -167,72 +168,6 @@ def checkpoints_of(config: Config, steps: int, shards: int) -> int | None:
     return max(1, by_files + by_steps)
 
 
-def setting_rows(setup: Setup) -> list[Row]:
-    """What the plan is for."""
-    model, batch = setup.model, setup.batch
-    parts = f"{batch.micro_size} micro × {batch.accumulation(setup.world_size)} accumulated × {setup.world_size} GPUs"
-    checkpointing = f"activation checkpointing: {model.activation_checkpointing}"
-    heads = f"{model.n_head} heads" + (f" ({model.n_kv_head} of keys)" if model.n_kv_head != model.n_head else "")
-    return [
-        ("shape", f"{model.family}, {model.n_layer} layers, {heads}", f"{model.d_model} wide, {model.d_ff} inside"),
-        ("batch", f"{batch.global_size} × {model.seq_len} tokens", parts),
-        ("engine", f"{setup.sharding.title}, {setup.precision}", checkpointing),
-    ]
-
-
-def memory_rows(budget: Budget) -> list[Row]:
-    """Bytes by component."""
-    parts = budget.peak.components()
-    rows = [(COMPONENTS[name], gigabytes(size), "") for name, size in parts.items()]
-    return [
-        *rows,
-        ("peak of the tensors", gigabytes(budget.peak.total), f"at {budget.peak.when}"),
-        ("framework", gigabytes(budget.setup.framework), "CUDA context, NCCL; assumed"),
-    ]
-
-
-def feasibility_rows(budget: Budget, mends: list[str]) -> list[Row]:
-    """Required against available."""
-    reserve = f"{gigabytes(budget.gpu.memory_bytes)} less {memory.RESERVE:.0%}"
-    rows = [
-        ("required", gigabytes(budget.required), ""),
-        ("available", gigabytes(budget.available), reserve),
-        ("utilization", f"{budget.required / budget.available:.1%}", ""),
-        ("feasible", "yes" if budget.feasible else "NO", ""),
-        ("largest micro batch", str(budget.largest_micro_size or "none fits"), "at this global batch"),
-    ]
-    return rows + [("would fit" if number == 0 else "or", mend, "") for number, mend in enumerate(mends)]
-
-
-def course_rows(course: dict[str, Any]) -> list[Row]:
-    """What the run takes."""
-    ratio = course["tokens_per_parameter"]
-    every = " and ".join(
-        f"every {course[key]} {unit}"
-        for key, unit in (("every_files", "shards"), ("every_steps", "steps"))
-        if course[key]
-    )
-    uploaded = "give --shards N" if course["uploaded_gb"] is None else gigabytes(course["uploaded_gb"] * GB)
-    count = "" if course["checkpoints"] is None else f"{course['checkpoints']:,} checkpoints"
-    rows = [
-        ("tokens", f"{course['tokens']:,}", f"{course['steps']:,} steps of {course['tokens_per_step']:,}"),
-        ("tokens a parameter", f"{ratio:g}", f"Chinchilla: {plan.CHINCHILLA_RATIO}"),
-        ("tokens/s", f"{course['tokens_per_second']:,}", "predicted, all GPUs"),
-        ("MFU", f"{course['mfu']:.1%}", course["mfu_source"]),
-        ("time", days(course["hours"]), f"{course['gpu_hours']:,} GPU hours; without saving and restarts"),
-        ("energy", f"{course['energy_kwh']:,} kWh", f"at most: {course['power_w_per_gpu']} W a GPU, without the host"),
-        ("cost", f"{course['cost']:,.2f}" if course["cost"] else "give --price_per_gpu_hour", ""),
-        ("a checkpoint", gigabytes(course["checkpoint_gb"] * GB), f"{every or 'at the end'}; 12 bytes a parameter"),
-        ("uploaded in all", uploaded, count),
-        (
-            "kept in the bucket",
-            gigabytes(course["kept_gb"] * GB),
-            f"the newest {course['keep']}" if course["keep"] else "all",
-        ),
-    ]
-    return rows
-
-
 # ---- tables ----
 
 
@@ -270,29 +205,26 @@ def compared(setup: Setup, gpu: Gpu) -> dict[str, Any]:
     }
 
 
-def comparison_row(row: dict[str, Any], offered_gb: float) -> list[str]:
-    """One row of the comparison for people; ! marks what does not fit."""
-    return [
-        row["engine"].removeprefix("deepspeed "),
-        row["activation_checkpointing"],
-        *(f"{required:.1f}{' ' if required <= offered_gb else '!'}" for required in row["required_gb"].values()),
-        str(row["largest_micro_batch_size"] or "–"),
-        f"{row['tokens_per_second']:,}",
-    ]
-
-
 def choices(setup: Setup, config: Config) -> list[Setup]:
     """The setup on every engine, with every kind of activation checkpointing; DeepSpeed as ds_config.json has it."""
-    zero = plan.make_setup(
-        config.model,
-        config.batch,
-        dataclasses.replace(config.engine, name="deepspeed"),
-        config.optim,
-        config.train.precision,
-        setup.world_size,
-    ).sharding
-    engines = [Sharding(), *(dataclasses.replace(zero, stage=stage) for stage in (1, 2))]
-    changed = [dataclasses.replace(setup, sharding=sharding) for sharding in engines]
+    changes: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "fsdp"}]
+    changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
+    if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
+        changes = [change for change in changes if change.get("zero_stage") != 0]
+    batch, optim, precision = config.batch, config.optim, config.train.precision
+    engines = [dataclasses.replace(config.engine, **change) for change in changes]
+    changed = [plan.make_setup(config.model, batch, each, optim, precision, setup.world_size) for each in engines]
+    changed = [
+        plan.make_setup(
+            config.model,
+            config.batch,
+            dataclasses.replace(config.engine, **change),
+            config.optim,
+            config.train.precision,
+            setup.world_size,
+        )
+        for change in changes
+    ]
     return [each.with_checkpointing(kind) for each in changed for kind in ("none", "selective", "full")]
 
 
@@ -329,19 +261,6 @@ def show_models(model: ModelConfig, family: str, console: Console, as_json: bool
     title = f"Vocabulary {model.vocab_size:,}, context {model.seq_len}; --family shows the sizes in another family"
     print_table(["size", "family", *numbers], body, console, right=numbers, title=title)
     return EXIT_FEASIBLE
-
-
-# ---- for people ----
-
-
-def gigabytes(n_bytes: float) -> str:
-    """Bytes for people, in GB of 10^9."""
-    return f"{n_bytes / GB:,.2f} GB"
-
-
-def days(hours: float) -> str:
-    """Hours for people."""
-    return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
 
 
 if __name__ == "__main__":

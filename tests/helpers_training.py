@@ -166,29 +166,36 @@ def upload_checkpoint(store: ObjectStore, run_name: str, folder: Path, manifest:
 
 
 def run_two_ranks(body: str, *, nodes: int = 1, arguments: tuple[str, ...] = ()) -> list[Any]:
-    """What each of two processes printed as JSON.
+    """What each of two processes printed as JSON; see run_ranks."""
+    return run_ranks(body, 2, nodes=nodes, arguments=arguments)
+
+
+def run_ranks(
+    body: str, world_size: int, *, nodes: int = 1, arguments: tuple[str, ...] = (), timeout_s: int = PROCESS_TIMEOUT_S
+) -> list[Any]:
+    """What each of so many processes printed as JSON.
 
     Args:
         body: the script; `me` is its Ranks, `sys.argv[1:]` the arguments.
-        nodes: 2 puts each rank on a node of its own, as far as it can know.
+        nodes: the ranks are divided among, as far as they can know.
     """
-    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nme = join(torch.device('cpu'), 1)\n"
+    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nme = join(torch.device('cpu'), 5)\n"
     script += f"{textwrap.dedent(body)}\nleave(me)\n"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
     processes = []
-    for rank in range(2):
-        local_rank, local_world_size = (0, 1) if nodes == 2 else (rank, 2)
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+    per_node = world_size // nodes
+    for rank in range(world_size):
+        place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank % per_node, "LOCAL_WORLD_SIZE": per_node}
         environment = {**os.environ, **meet, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         environment |= {key: str(value) for key, value in place.items()}
         command = [sys.executable, "-c", script, *arguments]
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     try:
-        outputs = [process.communicate(timeout=PROCESS_TIMEOUT_S) for process in processes]
+        outputs = [process.communicate(timeout=timeout_s) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    assert [process.returncode for process in processes] == [0] * world_size, outputs
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]

@@ -59,12 +59,14 @@ class Engine(Protocol):
     """What the training loop and the checkpoints ask of an engine."""
 
     name: str
+    forward_is_collective: bool
+    """Whether a forward pass gathers weights from the other ranks, which must then take part in each one."""
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches of tokens, each int64 (micro_size, seq_len + 1)."""
 
     def evaluate(self, tokens: Tensor) -> float:
-        """Mean loss without dropout of int64 tokens (B, seq_len + 1), on this rank alone."""
+        """Mean loss without dropout of tokens (B, seq_len + 1) of this rank alone; of all: validation_loss."""
 
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
         """Every parameter by its canonical name. A collective: every rank must go through to the end."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
 
 from pretrain import log
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.base import Engine
+from pretrain.engine.choice import engine_problems, traffic
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.engine.native import NativeEngine
 from pretrain.errors import ConfigError
@@ -28,8 +32,28 @@ def build_engine(
     """The engine that `engine.name` asks for, or the native one where DeepSpeed can't run on this CPU, said aloud.
 
     Raises:
-        ConfigError: DeepSpeed is asked for and not installed, or ds_config.json contradicts the config.
+        ConfigError: DeepSpeed is asked for and not installed, ds_config.json contradicts the config, or the engine
+            can't run on these ranks.
     """
+    if problems := engine_problems(engine, ranks.world_size):
+        raise ConfigError(problems)
+    built = _build(model, engine, optim, batch, precision, device, ranks)
+    name: Any = built.name  # that of the engine which stands in for DeepSpeed, too
+    paid = traffic(replace(engine, name=name), batch.accumulation(ranks.world_size), ranks.world_size)
+    if ranks.is_first and paid:
+        logger.info("%s", paid)
+    return built
+
+
+def _build(
+    model: nn.Module,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    batch: BatchConfig,
+    precision: str,
+    device: torch.device,
+    ranks: Ranks,
+) -> Engine:
     if engine.name == "deepspeed":
         settings, problems = deepspeed_settings(engine, optim, batch, precision, ranks.world_size)
         if problems:
@@ -38,6 +62,10 @@ def build_engine(
             from pretrain.engine.zero import ZeroEngine
 
             return ZeroEngine(model, settings, optim, device)
+    if engine.name == "fsdp":
+        from pretrain.engine.fsdp import FsdpEngine
+
+        return FsdpEngine(model, optim, engine, precision, device, ranks)
     return NativeEngine(model, optim, engine, precision, device, ranks.world_size)
 
 

@@ -14,6 +14,7 @@ from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 
 SHIPPED = Path(__file__).resolve().parents[2] / "ds_config.json"
 OWNED_BY_OPTIM = ("optimizer", "scheduler")  # built in optim.py, so that every engine has the same ones
+CPU_OFFLOAD = {"device": "cpu", "pin_memory": True}
 
 
 def derived_settings(
@@ -28,6 +29,9 @@ def derived_settings(
         "hysteresis": 1,
         "min_loss_scale": 1,
     }
+    zero: dict[str, Any] = {"stage": engine.zero_stage}
+    if engine.offload_optimizer:
+        zero["offload_optimizer"] = CPU_OFFLOAD
     return {
         "train_batch_size": batch.global_size,
         "train_micro_batch_size_per_gpu": batch.micro_size,
@@ -35,6 +39,9 @@ def derived_settings(
         "gradient_clipping": optim.clip,
         "fp16": fp16,
         "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
+        "zero_optimization": zero,
+        # torch's AdamW updates on the host as well; DeepSpeed's own would need a compiler, and differ from it
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,  # our own log speaks
     }
 
@@ -57,19 +64,24 @@ def deepspeed_settings(
         for key in OWNED_BY_OPTIM
         if key in settings
     ]
-    zero = settings.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (1, 2):
-        problems.append(f"{path} asks for ZeRO stage {stage}; this engine runs stage 1 or 2")
-    if isinstance(zero, dict):
-        problems += [
-            f"{path} asks for {key}, which this engine does not run: delete it there"
-            for key in ("offload_optimizer", "offload_param")
-            if key in zero
-        ]
+    problems += _offload_problems(settings.get("zero_optimization"), engine, str(path))
     derived = derived_settings(engine, optim, batch, precision, world_size)
     problems += _contradictions(settings, derived, str(path))
     return _merged(settings, derived), problems
+
+
+def _offload_problems(zero: Any, engine: EngineConfig, where: str) -> list[str]:
+    """What of ZeRO's offloading can't be."""
+    problems = []
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        problems.append("engine.offload_optimizer needs ZeRO: set engine.zero_stage to 1, 2 or 3")
+    if not isinstance(zero, dict):
+        return problems
+    if "offload_param" in zero:
+        problems.append(f"{where} asks for offload_param, which this engine does not run: delete it there")
+    if "offload_optimizer" in zero and not engine.offload_optimizer:
+        problems.append(f"{where} asks for offload_optimizer: delete it there, and set engine.offload_optimizer")
+    return problems
 
 
 def _merged(settings: dict[str, Any], derived: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def _merged(settings: dict[str, Any], derived: dict[str, Any]) -> dict[str, Any]
     merged = {**settings, **derived}
     for key, section in derived.items():
         if isinstance(section, dict) and isinstance(settings.get(key), dict):
-            merged[key] = {**settings[key], **section}
+            merged[key] = _merged(settings[key], section)
     return merged
 
 

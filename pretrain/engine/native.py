@@ -1,6 +1,7 @@
 """The native engine: plain torch, one process or data parallel, with fp32 master weights in every precision.
 
-Gradients are accumulated in fp32 over the micro-batches and summed over the ranks once a step.
+Gradients are accumulated in fp32 over the micro-batches and averaged over the ranks once a step, bucket by bucket while
+the last micro-batch's backward pass still runs.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pretrain.config import EngineConfig, OptimConfig
@@ -23,9 +23,8 @@ from pretrain.engine.base import (
     watched,
     zero_moments,
 )
+from pretrain.engine.reduction import Reducer
 from pretrain.optim import LossScale, build_adamw, parameter_groups
-
-REDUCE_BUCKET_ELEMENTS = 64 * 2**20  # 256 MiB of fp32 a message: bandwidth-bound, and small beside the model
 
 
 class NativeEngine:
@@ -37,7 +36,7 @@ class NativeEngine:
         world_size: ranks that share the step.
     """
 
-    name = "native"
+    forward_is_collective = False
 
     def __init__(
         self,
@@ -48,14 +47,17 @@ class NativeEngine:
         device: torch.device,
         world_size: int,
     ) -> None:
+        self.name: str = (
+            "native" if engine.name == "deepspeed" else engine.name
+        )  # it stands in where DeepSpeed can't run
         self._module = model.to(device)
         self._device = device
-        self._world_size = world_size
         self._clip = optim.clip
         # Masters come first, so that they keep what the cast to half precision would round away.
         self._masters = {
             name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in model.named_parameters()
         }
+        self._master_list = list(self._masters.values())
         self._module.to(PRECISION_DTYPES[precision])
         self._parameters: list[Tensor] = list(self._module.parameters())
         groups = parameter_groups(self._masters.items(), optim.weight_decay)
@@ -65,49 +67,42 @@ class NativeEngine:
         self._loss_scale = LossScale(initial_scale, engine.loss_scale_window)
         self._scales_loss = precision == "fp16"
         self._optimizer_steps = 0
+        self._reducer = Reducer(self._parameters, self._collect_gradient, world_size) if world_size > 1 else None
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
         for group in self._adamw.param_groups:
             group["lr"] = lr
         losses = []
-        for tokens in micro_batches:
+        for number, tokens in enumerate(micro_batches, 1):
             loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            if self._reducer is not None and number == len(micro_batches):
+                self._reducer.start()
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
             self._collect_gradients()
+        if self._reducer is not None:
+            self._reducer.finish()
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        self._reduce(gradients)
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self._loss_scale.scale
         applied = self._update(norm)
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
-    @torch.no_grad()
     def _collect_gradients(self) -> None:
-        """Move one micro-batch's gradients from the compute parameters to the fp32 masters."""
-        for master, parameter in zip(self._masters.values(), self._parameters, strict=True):
-            if parameter.grad is None:
-                continue
+        """Move what one micro-batch left of gradients from the compute parameters to the fp32 masters."""
+        for number in range(len(self._parameters)):
+            self._collect_gradient(number)
+
+    @torch.no_grad()
+    def _collect_gradient(self, number: int) -> Tensor | None:
+        """Move one parameter's gradient to its master; returns what the master has accumulated."""
+        parameter, master = self._parameters[number], self._master_list[number]
+        if parameter.grad is not None:
             if master.grad is None:
                 master.grad = parameter.grad.float()
             else:
                 master.grad += parameter.grad
             parameter.grad = None
-
-    @torch.no_grad()
-    def _reduce(self, gradients: list[Tensor]) -> None:
-        """Average the gradients over the ranks, in buckets."""
-        if self._world_size == 1:
-            return
-        bucket: list[Tensor] = []
-        for number, gradient in enumerate(gradients, 1):
-            bucket.append(gradient)
-            if number == len(gradients) or sum(each.numel() for each in bucket) >= REDUCE_BUCKET_ELEMENTS:
-                flat = torch.cat([each.flatten() for each in bucket])
-                dist.all_reduce(flat)
-                flat /= self._world_size
-                for each, part in zip(bucket, flat.split([each.numel() for each in bucket]), strict=True):
-                    each.copy_(part.view_as(each))
-                bucket = []
+        return master.grad
 
     @torch.no_grad()
     def _update(self, norm: float) -> bool:
@@ -128,7 +123,7 @@ class NativeEngine:
 
     def _publish(self) -> None:
         """Round the masters to the compute parameters."""
-        torch._foreach_copy_(self._parameters, [master.data for master in self._masters.values()])
+        torch._foreach_copy_(self._parameters, [master.data for master in self._master_list])
 
     def evaluate(self, tokens: Tensor) -> float:
         return evaluate(self._module, tokens, self._device)

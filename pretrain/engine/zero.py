@@ -1,4 +1,6 @@
-"""The DeepSpeed engine: ZeRO-2 partitions gradients and optimizer state over the ranks (arXiv 1910.02054).
+"""The DeepSpeed engine: ZeRO divides optimizer state (1), gradients (2) and weights (3) over the ranks.
+
+Source: Rajbhandari et al. 2019, arXiv 1910.02054. Stage 0 divides nothing.
 
 On a CPU DeepSpeed wants a small communication op, compiled at first use; `cpu_op_problem` says why it can't be had.
 """
@@ -21,16 +23,8 @@ from torch import Tensor, nn
 
 from pretrain import log
 from pretrain.config import OptimConfig
-from pretrain.engine.base import (
-    ADAM_MOMENTS,
-    EngineState,
-    ParameterState,
-    StepResult,
-    evaluate,
-    split_targets,
-    watched,
-    zero_moments,
-)
+from pretrain.engine.base import EngineState, ParameterState, StepResult, evaluate, split_targets, watched
+from pretrain.engine.zero_states import states_of
 from pretrain.optim import LossScale, build_adamw, parameter_groups
 
 logger = log.get(__name__)
@@ -84,87 +78,108 @@ class ZeroEngine:
 
         backend = "nccl" if device.type == "cuda" else "gloo"
         model.to(device)
+        self._stage: int = settings["zero_optimization"]["stage"]
+        # ZeRO-0 in fp32: DeepSpeed steps torch's AdamW without a look at the gradients, so we look and clip
+        self._is_plain = self._stage == 0 and not (settings["fp16"]["enabled"] or settings["bf16"]["enabled"])
+        self._clip = optim.clip
         groups = parameter_groups(model.named_parameters(), optim.weight_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces its op and its settings on every rank
             deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_adamw(groups, optim),
-                config=settings,
+                config={**settings, "gradient_clipping": 0.0} if self._is_plain else settings,
                 dist_init_required=False,
             )
         self._device = device
+        self.forward_is_collective = self._stage == 3
         self._zero = self._engine.optimizer
         self._optimizer_steps = 0
         self._take_over_loss_scale()
-        self._link_states()
+        self._states = states_of(self._engine, self._stage)
+        self._states.begin(0)
 
     def _take_over_loss_scale(self) -> None:
         """Let DeepSpeed ask our loss scale, so that every engine has the same one.
 
         Its own doubles after `window` + 1 finite steps, counts in a way that a checkpoint can't tell, and raises a bare
-        Exception where an overflow meets the smallest scale.
+        Exception where an overflow meets the smallest scale. It also updates the scale before it divides the gradients
+        by it: so ours changes when the step is done.
         """
-        scaler = self._zero.loss_scaler
-        self._loss_scale = LossScale(float(scaler.cur_scale), scaler.scale_window if scaler.dynamic else 1)
-        if scaler.dynamic:
-            scaler.update_scale = self._update_loss_scale
+        fp16 = self._engine._config.float16_config if self._engine.fp16_enabled() else None
+        self._scales_loss = fp16 is not None
+        self._loss_scale = LossScale(
+            2.0**fp16.initial_scale_power if fp16 else 1.0, fp16.loss_scale_window if fp16 else 1
+        )
+        if self._scales_loss:
+            self._scaler.update_scale = self._zero._update_scale = lambda *_: None
+            self._scaler.cur_scale = self._loss_scale.scale
 
-    def _update_loss_scale(self, overflow: bool) -> None:
-        self._loss_scale.update(finite=not overflow)
-        self._zero.loss_scaler.cur_scale = self._loss_scale.scale
-
-    def _link_states(self) -> None:
-        """Create the flat optimizer state and link it to the parameters.
-
-        DeepSpeed links by itself after the first parameter group's first step, when later groups have no state yet and
-        read as missing; done here, before any step, every group has it.
-        """
-        zero_moments(self._zero.optimizer, self._optimizer_steps)
-        self._zero._hp_optimizer_states_linked = False
-        self._zero._lazy_init_hp_params_optimizer_state()
+    @property
+    def _scaler(self) -> Any:
+        """What of DeepSpeed's optimizer holds the scale."""
+        return self._zero.loss_scale_config if self._stage == 0 else self._zero.loss_scaler
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
         for group in self._zero.param_groups:
             group["lr"] = lr
         losses = []
-        for tokens in micro_batches:
+        for number, tokens in enumerate(micro_batches, 1):
             loss = watched(self._engine(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
-            self._engine.backward(loss)
+            # ZeRO-0 divides by the loss scale, and does not multiply by it
+            self._engine.backward(loss * self._loss_scale.scale if self._stage == 0 else loss)
+            if number == len(micro_batches) and self._is_plain:
+                norm = self._clip_plain()
             self._engine.step()  # DeepSpeed updates at the last micro-batch, and only counts before it
-        applied = self._engine.was_step_applied()
+        if not self._is_plain:
+            norm = self._norm()
+        applied = norm < float("inf")
+        if self._scales_loss:
+            self._loss_scale.update(finite=applied)
+            self._scaler.cur_scale = self._loss_scale.scale
         self._optimizer_steps += applied
+        return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
+
+    @torch.no_grad()
+    def _clip_plain(self) -> float:
+        """Clip the reduced gradients; where their norm is not finite they go, and AdamW passes over what has none."""
+        parameters = [parameter for parameter in self._engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters]))
+        if not norm < float("inf"):
+            for parameter in parameters:
+                parameter.grad = None
+        elif self._clip and norm > self._clip:
+            torch._foreach_mul_([parameter.grad for parameter in parameters], self._clip / (norm + 1e-6))
+        return norm
+
+    def _norm(self) -> float:
+        """The gradient norm as DeepSpeed found it, without the loss scale; inf where it left out the update."""
         norm = self._engine.get_global_grad_norm()
-        return StepResult(torch.stack(losses).mean(), float("inf") if norm is None else float(norm), applied)
+        if norm is None or not self._engine.was_step_applied():
+            return float("inf")
+        return float(norm) / (self._loss_scale.scale if self._stage == 0 else 1.0)
 
     def evaluate(self, tokens: Tensor) -> float:
         return evaluate(self._engine.module, tokens, self._device)
 
+    @torch.no_grad()
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
         for name, parameter in self._engine.module.named_parameters():
-            moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in ADAM_MOMENTS}
-            yield name, {"weight": safe_get_full_fp32_param(parameter), **moments}
+            yield name, self._states.read(parameter)
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         self._optimizer_steps = state.optimizer_steps
-        self._link_states()
+        self._states.begin(state.optimizer_steps)
         for name, parameter in self._engine.module.named_parameters():
-            full = {key: tensor.to(self._device) for key, tensor in read(name).items()}
-            parameter.copy_(full["weight"])
-            safe_set_full_fp32_param(parameter, full["weight"])
-            for moment in ADAM_MOMENTS:
-                safe_set_full_optimizer_state(parameter, full[moment], moment)
-        if self._zero.loss_scaler.dynamic:
+            self._states.write(parameter, {key: tensor.to(self._device) for key, tensor in read(name).items()})
+        self._states.publish()
+        if self._scales_loss:
             self._loss_scale.restore(state.loss_scale, state.finite_steps)
-            self._zero.loss_scaler.cur_scale = self._loss_scale.scale
+            self._scaler.cur_scale = self._loss_scale.scale
 
     def state(self) -> EngineState:
-        if not self._zero.loss_scaler.dynamic:
+        if not self._scales_loss:
             return EngineState(self._optimizer_steps)
         return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)

@@ -22,11 +22,12 @@ from pretrain.engine import zero
 from pretrain.engine.ds_settings import deepspeed_settings
 from model import GPT
 
-file, micro, steps, length = sys.argv[1], *map(int, sys.argv[2:])
+file, stage, micro, steps, length = sys.argv[1], *map(int, sys.argv[2:])
 zero.prepare_import(torch.device("cpu"))
 shape = dict(n_layer=6, n_head=8, d_model=512, vocab_size=3000, seq_len=length, dropout=0.0)
 model = ModelConfig(size="custom", **shape).resolve()
-batch, optim, engine = BatchConfig(micro * steps * 2, micro), OptimConfig(), EngineConfig(ds_config=file)
+batch, optim = BatchConfig(micro * steps * 2, micro), OptimConfig()
+engine = EngineConfig(zero_stage=stage, ds_config=file)
 settings, problems = deepspeed_settings(engine, optim, batch, "bf16", 2)
 assert not problems, problems
 trained = zero.ZeroEngine(GPT(model, "sdpa"), settings, optim, torch.device("cpu"))
@@ -65,13 +66,14 @@ def _deepspeed_runs_here():
 )
 def test_the_predicted_peak_is_what_deepspeed_allocates(tmp_path: Path, stage, micro, steps, length, fullest):
     zero_settings = {
-        "stage": stage,
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_bucket_size": 1_000_000,
     }
     file = tmp_path / "ds_config.json"
     file.write_text(json.dumps({"zero_optimization": zero_settings}))
-    measured, predicted, when = run_two_ranks(MEASURE, arguments=(str(file), str(micro), str(steps), str(length)))[0]
+    measured, predicted, when = run_two_ranks(
+        MEASURE, arguments=(str(file), str(stage), str(micro), str(steps), str(length))
+    )[0]
     assert when == fullest
     assert predicted == pytest.approx(measured, rel=0.07)

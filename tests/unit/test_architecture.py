@@ -16,12 +16,20 @@ LIBRARY = sorted((ROOT / "pretrain").rglob("*.py"))
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 SOURCES = [*LIBRARY, *SCRIPTS, ROOT / "model.py", ROOT / "train.py"]
 
+# From raw text to shards: of the area "data".
+PREPARATION = set(
+    "raw_files decompression tables documents encoders parts shard_files shard_writer encoding_pool preparation recipes"
+    " tokenizer_choice".split()
+)
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
     "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
-    "data": ({"manifest", "npz", "cache", "shards", "batches", "tokenizers"}, {"base", "storage"}),
+    "data": (
+        {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
+        {"base", "storage"},
+    ),
     "ranks": ({"ranks"}, {"base"}),
     "engine": ({"engine", "optim"}, {"base", "ranks"}),
     "checkpoint": (
@@ -71,9 +79,11 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "arguments",
             "budget",
             "corpus",
+            "data_views",
             "divergence",
             "launch",
             "places",
+            "plan_views",
             "processes",
             "progress",
             "proof",

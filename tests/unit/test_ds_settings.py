@@ -22,7 +22,7 @@ def settings_of(tmp_path: Path, tree: object, precision: str = "fp16", world_siz
 
 
 def zero(**more: object) -> dict[str, object]:
-    return {"zero_optimization": {"stage": 2}, **more}
+    return {"zero_optimization": {"overlap_comm": True}, **more}
 
 
 def test_what_the_config_determines_is_filled_in(tmp_path):
@@ -35,7 +35,7 @@ def test_what_the_config_determines_is_filled_in(tmp_path):
     fp16 = settings["fp16"]
     assert (fp16["enabled"], fp16["initial_scale_power"], fp16["loss_scale_window"]) == (True, 10, 7)
     assert settings["bf16"] == {"enabled": False, "check_grad_overflow": True}
-    assert settings["zero_optimization"] == {"stage": 2}
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
 
 
 @pytest.mark.parametrize(("precision", "fp16", "bf16"), [("fp32", 0, 0), ("bf16", 0, 1), ("fp16", 1, 0)])
@@ -81,16 +81,19 @@ def test_what_only_deepspeed_knows_of_a_shared_section_is_kept(tmp_path):
     assert settings["bf16"]["check_grad_overflow"] is True
 
 
-@pytest.mark.parametrize("stage", [0, 3, None, "2"])
-def test_other_zero_stages_are_refused(tmp_path, stage):
-    _, problems = settings_of(tmp_path, {"zero_optimization": {"stage": stage}})
-    assert len(problems) == 1 and f"stage {stage}" in problems[0]
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_stage_is_the_configs_and_a_file_may_only_agree(tmp_path, stage):
+    for tree in ({}, {"zero_optimization": {"stage": stage}}):
+        settings, problems = settings_of(tmp_path, tree, zero_stage=stage)
+        assert problems == [] and settings["zero_optimization"]["stage"] == stage
+    _, problems = settings_of(tmp_path, {"zero_optimization": {"stage": 3 - stage}}, zero_stage=stage)
+    assert len(problems) == 1 and f"stage = {3 - stage}, but the config gives {stage}" in problems[0]
 
 
-@pytest.mark.parametrize("tree", [{}, {"zero_optimization": True}, {"zero_optimization": 2}])
-def test_a_file_without_a_zero_section_is_refused(tmp_path, tree):
+@pytest.mark.parametrize("tree", [{"zero_optimization": True}, {"zero_optimization": 2}])
+def test_a_zero_section_that_is_no_object_is_refused(tmp_path, tree):
     _, problems = settings_of(tmp_path, tree)
-    assert len(problems) == 1 and "stage" in problems[0]
+    assert len(problems) == 1 and "zero_optimization = " in problems[0]
 
 
 @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
@@ -129,8 +132,24 @@ def test_the_shipped_file_fits_every_shipped_config(config, world_size):
     assert problems == []
 
 
-def test_offload_is_refused_by_name(tmp_path):
-    path = tmp_path / "ds.json"
-    path.write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}')
-    _, problems = deepspeed_settings(EngineConfig(ds_config=str(path)), OptimConfig(), BatchConfig(), "bf16", 1)
-    assert problems == [f"{path} asks for offload_optimizer, which this engine does not run: delete it there"]
+@pytest.mark.parametrize(
+    ("key", "mend"), [("offload_optimizer", "engine.offload_optimizer"), ("offload_param", "delete")]
+)
+def test_offloading_in_the_file_is_refused_by_name(tmp_path, key, mend):
+    _, problems = settings_of(tmp_path, {"zero_optimization": {key: {"device": "cpu"}}})
+    assert len(problems) == 1 and f"asks for {key}" in problems[0] and mend in problems[0]
+
+
+def test_offloading_is_asked_for_in_the_config_and_its_details_in_the_file(tmp_path):
+    tree = {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}}
+    settings, problems = settings_of(tmp_path, tree, offload_optimizer=True)
+    assert problems == []
+    assert settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "ratio": 0.5, "pin_memory": True}
+    assert settings["zero_force_ds_cpu_optimizer"] is False
+    tree["zero_optimization"]["offload_optimizer"]["device"] = "nvme"
+    assert "device = nvme" in settings_of(tmp_path, tree, offload_optimizer=True)[1][0]
+
+
+def test_offloading_without_zero_is_refused(tmp_path):
+    _, problems = settings_of(tmp_path, {}, zero_stage=0, offload_optimizer=True)
+    assert problems == ["engine.offload_optimizer needs ZeRO: set engine.zero_stage to 1, 2 or 3"]

@@ -6,22 +6,27 @@ import logging
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine import zero
 from pretrain.engine.base import EngineState
 from pretrain.engine.build import build_engine
+from pretrain.engine.choice import engine_problems, traffic
 from pretrain.engine.ds_settings import deepspeed_settings
+from pretrain.engine.fsdp import FsdpEngine
 from pretrain.engine.native import NativeEngine
 from pretrain.errors import ConfigError
 from pretrain.optim import LossScale, parameter_groups
+from pretrain.ranks import Ranks
 from tests.helpers_training import ROOT, TinyModel, copied_states, differing, reader_of, single_rank, tokens_of_step
 
 CPU = torch.device("cpu")
@@ -55,21 +60,26 @@ def native(precision="fp32", optim=OPTIM, engine=ENGINE, seed=0, model=TinyModel
     return NativeEngine(model(seed), optim, engine, precision, CPU, world_size=1)
 
 
-def zero_engine(precision="fp32", optim=OPTIM, seed=0, model=TinyModel, micro_size=SEQUENCES):
+def zero_engine(precision="fp32", optim=OPTIM, seed=0, model=TinyModel, micro_size=SEQUENCES, stage=2, engine=ENGINE):
     need_deepspeed()
     batch = BatchConfig(global_size=SEQUENCES, micro_size=micro_size)
-    settings, problems = deepspeed_settings(EngineConfig(), optim, batch, precision, 1)
+    settings, problems = deepspeed_settings(replace(engine, zero_stage=stage), optim, batch, precision, 1)
     assert not problems
     return zero.ZeroEngine(model(seed), settings, optim, CPU)
 
 
+def fsdp(precision="fp32", optim=OPTIM, engine=ENGINE, seed=0, model=TinyModel):
+    alone = Ranks(0, 1, 0, 1, dist.group.WORLD)
+    return FsdpEngine(model(seed), optim, engine, precision, CPU, alone)
+
+
 def module_of(engine):
-    """The module that computes, in the compute precision."""
-    return engine._module if engine.name == "native" else engine._engine.module
+    """The module that computes, in the compute precision; FSDP's has fp32 parameters until it runs."""
+    return engine._engine.module if engine.name == "deepspeed" else engine._module
 
 
 def make(kind, **arguments):
-    return {"native": native, "deepspeed": zero_engine}[kind](**arguments)
+    return {"native": native, "deepspeed": zero_engine, "fsdp": fsdp}[kind](**arguments)
 
 
 def lr_of(step):
@@ -114,7 +124,7 @@ def assert_close(left, right, tolerance):
     assert max((left[name] - right[name]).abs().max().item() for name in left) <= tolerance
 
 
-ENGINES = ["native", "deepspeed"]
+ENGINES = ["native", "deepspeed", "fsdp"]
 
 
 @pytest.mark.parametrize("micro_size", [SEQUENCES, 2])
@@ -184,7 +194,7 @@ def test_states_are_fp32_of_full_shape_under_canonical_names(kind):
         assert state["exp_avg"].abs().max() > 0
 
 
-@pytest.mark.parametrize("kind", ENGINES)
+@pytest.mark.parametrize("kind", ["native", "deepspeed"])
 def test_bf16_keeps_masters_that_move_by_less_than_bf16_can_tell(kind):
     engine = make(kind, precision="bf16", optim=replace(OPTIM, weight_decay=0.0))
     before = weights(engine)["mix.weight"]
@@ -200,15 +210,14 @@ def test_bf16_keeps_masters_that_move_by_less_than_bf16_can_tell(kind):
 
 
 class Poisonable(TinyModel):
-    """A model of which one gradient, but not the loss, can be made not finite."""
+    """A model of which gradients, but not the loss, can be made not finite."""
 
     poison = 1.0
 
     def forward(self, inputs, targets):
-        bias = self.mix.bias * 1.0
-        bias.register_hook(lambda gradient: gradient * self.poison)
-        hidden = torch.tanh(nn.functional.linear(self.embedding(inputs), self.mix.weight, bias))
-        logits = self.head(self.norm(hidden))
+        mixed = self.mix(self.embedding(inputs))
+        mixed.register_hook(lambda gradient: gradient * self.poison)
+        logits = self.head(self.norm(torch.tanh(mixed)))
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
@@ -232,9 +241,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind, precision, poison):
     assert train(engine, range(2, 4)) == train(untouched, range(2, 4))  # and nothing of it is left
 
 
-def test_fp16_halves_and_doubles_its_loss_scale():
-    engine = native("fp16")
-    assert engine._module.mix.weight.dtype == torch.float16
+@pytest.mark.parametrize("kind", ["native", "fsdp"])
+def test_fp16_halves_and_doubles_its_loss_scale(kind):
+    engine = make(kind, precision="fp16")
     train(engine, range(2))
     assert engine.state() == EngineState(2, 1024.0, 2)
     engine._loss_scale.scale = 2.0**24  # fp16 ends at 65504: scaled gradients overflow
@@ -248,8 +257,10 @@ def test_fp16_halves_and_doubles_its_loss_scale():
     assert engine.state() == EngineState(5, 2048.0, 0)
 
 
-def test_fp16_gradients_do_not_depend_on_the_loss_scale():
-    scaled, plain = native("fp16"), native("fp16", engine=replace(ENGINE, initial_loss_scale=1.0))
+@pytest.mark.parametrize("kind", ["native", "fsdp"])
+def test_fp16_gradients_do_not_depend_on_the_loss_scale(kind):
+    scaled = make(kind, precision="fp16")
+    plain = make(kind, precision="fp16", engine=replace(ENGINE, initial_loss_scale=1.0))
     losses, norms = train(scaled, range(3))
     expected_losses, expected_norms = train(plain, range(3))
     assert norms == pytest.approx(expected_norms, rel=1e-2)
@@ -261,43 +272,61 @@ def test_fp16_gradients_do_not_depend_on_the_loss_scale():
     assert losses == pytest.approx(plain_loop(range(3))[0], abs=2e-2)
 
 
-def test_fp16_resumes_its_loss_scale_to_the_last_bit():
-    engine = native("fp16")
+@pytest.mark.parametrize("kind", ["native", "fsdp"])
+def test_fp16_resumes_its_loss_scale_to_the_last_bit(kind):
+    engine = make(kind, precision="fp16")
     train(engine, range(5))
     saved, state = copied_states(engine), engine.state()
     assert state == EngineState(5, 2048.0, 2)
-    other = native("fp16", seed=7)
+    other = make(kind, precision="fp16", seed=7)
     other.load(reader_of(saved), state)
     assert train(other, range(5, 8)) == train(engine, range(5, 8))
     assert other.state() == engine.state() == EngineState(8, 4096.0, 2)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_deepspeed_asks_our_loss_scale_and_resumes_it(seed):
-    need_deepspeed()  # its fp16 needs a GPU; its scaler, and how the engine drives it, don't
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """DeepSpeed refuses fp16 on CPUs, which can multiply it all the same."""
+    need_deepspeed()
+    from deepspeed.accelerator import get_accelerator
 
-    def engine_with_scaler():
-        engine = zero_engine()
-        engine._zero.loss_scaler = DynamicLossScaler(
-            2.0**4, 3, min_scale=1, delayed_shift=1, consecutive_hysteresis=False
-        )
-        engine._take_over_loss_scale()
-        return engine
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
-    overflows = random.Random(seed)
-    engine, ours = engine_with_scaler(), LossScale(2.0**4, window=3)
-    states = dict(engine.parameter_states())
-    for step in range(60):
-        overflow = overflows.random() < (0.9 if step < 10 else 0.25)  # first down to the bottom, where it must stay
-        engine._zero._update_scale(overflow)
+
+@pytest.mark.usefixtures("fp16_on_a_cpu")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_asks_our_loss_scale_and_resumes_it(stage):
+    overflows = random.Random(stage)
+    arguments = {"precision": "fp16", "model": Poisonable, "stage": stage}
+    engine, ours, applied = zero_engine(**arguments), LossScale(1024.0, window=3), 0
+    for step in range(24):
+        overflow = overflows.random() < 0.3 or step == 5
+        module_of(engine).poison = math.inf if overflow else 1.0
+        result = engine.train_step([tokens_of_step(step, SEQUENCES)], lr_of(step))
         ours.update(not overflow)
+        applied += not overflow
+        assert result.applied is not overflow
+        assert engine.state() == EngineState(applied, ours.scale, ours.finite_steps)
         assert engine._zero.loss_scale == ours.scale
-        assert engine.state() == EngineState(0, ours.scale, ours.finite_steps)
-        if step % 7 == 0:  # a resume at any time changes nothing
-            state, engine = engine.state(), engine_with_scaler()
+        if step % 8 == 7:  # a resume at any time changes nothing
+            state, states = engine.state(), copied_states(engine)
+            engine = zero_engine(**arguments, seed=7)
             engine.load(reader_of(states), state)
-            assert engine._zero.loss_scale == ours.scale
+            assert engine.state() == state and engine._zero.loss_scale == ours.scale
+
+
+@pytest.mark.usefixtures("fp16_on_a_cpu")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_divides_by_the_scale_that_it_multiplied_by_also_when_it_doubles(stage):
+    each_step = replace(ENGINE, loss_scale_window=1)
+    engine, other = zero_engine("fp16", stage=stage, engine=each_step), native("fp16", engine=each_step)
+    norms, expected = train(engine, range(3))[1], train(other, range(3))[1]
+    assert engine.state() == other.state() == EngineState(3, 8192.0, 0)
+    assert norms == pytest.approx(expected, rel=1e-2)
+    states, others = copied_states(engine), copied_states(other)  # AdamW hides a factor, its moments don't
+    for name in states:
+        norm, wanted = (float(each[name]["exp_avg"].norm()) for each in (states, others))
+        assert norm == pytest.approx(wanted, rel=5e-2), name
 
 
 def build(engine_name, ranks):
@@ -305,9 +334,46 @@ def build(engine_name, ranks):
     return build_engine(TinyModel(), engine, OPTIM, batch, "fp32", CPU, ranks)
 
 
-def test_native_is_built_without_deepspeed(ranks, monkeypatch):
+@pytest.mark.parametrize("name", ["native", "single", "ddp", "fsdp"])
+def test_other_engines_are_built_without_deepspeed(ranks, monkeypatch, name):
     monkeypatch.setattr(zero, "prepare_import", lambda device: pytest.fail("DeepSpeed was touched"))
-    assert build("native", ranks).name == "native"
+    assert build(name, ranks).name == name
+
+
+def test_single_is_for_one_rank():
+    assert engine_problems(EngineConfig(name="single"), 1) == engine_problems(EngineConfig(name="ddp"), 2) == []
+    assert re.search("2 ranks.*--engine ddp", engine_problems(EngineConfig(name="single"), 2)[0])
+
+
+def test_hybrid_on_one_node_is_refused_with_what_was_found():
+    alone = Ranks(0, 1, 0, 1, dist.group.WORLD)
+    with pytest.raises(ConfigError, match=r"hybrid.*several nodes.*found 1 with 1 ranks: choose full"):
+        FsdpEngine(TinyModel(), OPTIM, replace(ENGINE, fsdp_shard="hybrid"), "fp32", CPU, alone)
+
+
+@pytest.mark.parametrize(
+    ("engine", "accumulation", "said"),
+    [
+        (
+            {"name": "deepspeed"},
+            8,
+            "ZeRO-2 reduces at every micro-step: accumulation 8 moves 8 × the gradients; ZeRO-1",
+        ),
+        ({"name": "deepspeed", "zero_stage": 1}, 8, "ZeRO-1 reduces gradients once a step, behind 8 micro-batches"),
+        (
+            {"name": "deepspeed", "zero_stage": 3},
+            2,
+            "ZeRO-3 reduces at every micro-step, and gathers the weights 4 times",
+        ),
+        ({"name": "deepspeed"}, 1, "ZeRO-2 reduces gradients once a step, there being one micro-batch"),
+        ({"name": "fsdp"}, 4, "once a step, keeps them whole in fp32 until then, and gathers the weights 8 times"),
+        ({"name": "fsdp", "fsdp_reduce": "micro_step"}, 4, "accumulation 4 moves 4 × the gradients"),
+        ({"name": "ddp"}, 4, "ddp reduces gradients once a step, while the last of 4 micro-batches still runs"),
+    ],
+)
+def test_what_a_step_moves_is_said(engine, accumulation, said):
+    assert said in traffic(EngineConfig(**engine), accumulation, 2)
+    assert traffic(EngineConfig(**engine), accumulation, 1) == ""
 
 
 def test_deepspeed_is_built_where_it_runs(ranks):

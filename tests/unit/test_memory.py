@@ -6,7 +6,7 @@ import pytest
 
 from pretrain import memory
 from pretrain.config import BatchConfig
-from pretrain.engine import native
+from pretrain.engine import reduction
 from pretrain.memory import Setup, Sharding
 from pretrain.model_config import ModelConfig
 from tests.memory_count import count_peak
@@ -127,11 +127,57 @@ def test_zero_settings_are_those_of_the_file():
 
 
 def test_the_native_engines_messages_are_as_large_as_it_makes_them():
-    assert memory.NATIVE_MESSAGE_ELEMENTS == native.REDUCE_BUCKET_ELEMENTS
+    assert (memory.NATIVE_MESSAGE_ELEMENTS, memory.MESSAGES) == (reduction.BUCKET_ELEMENTS, reduction.MESSAGES)
     full = memory.NATIVE_MESSAGE_ELEMENTS
-    assert memory._largest_message([full, 5]) == full
-    assert memory._largest_message([full - 1, 7, 3]) == full + 6
-    assert memory._largest_message([1, 2]) == 3
+    for sizes, largest in (([5, full], full), ([3, 7, full - 1], full + 6), ([2, 1], 3), ([full, 5], full + 5)):
+        assert memory._largest_message(sizes) == largest
+        made = [sum(sizes[number] for number in bucket.parameters) for bucket in reduction.make_buckets(sizes)]
+        assert max(made) == largest and sum(made) == sum(sizes)
+
+
+def sharded(sharding: Sharding, world_size: int = 8, steps: int = 1, **shape) -> dict[str, memory.Moment]:
+    batch = BatchConfig(4 * steps * world_size, 4)
+    setup = Setup(ModelConfig(**shape).resolve(), "bf16", batch, world_size, sharding)
+    return {moment.when: moment for moment in memory.timeline(setup)}
+
+
+def test_fsdp_divides_everything_and_gathers_the_ends_and_two_blocks():
+    model = ModelConfig().resolve()
+    size = sum(memory.parameter_sizes(model))
+    block = memory._block_size(model)
+    moments = sharded(Sharding("fsdp", 3), steps=2)
+    update = moments["the update"]
+    assert (update.masters, update.moments, update.gradients) == (4 * size // 8, 8 * size // 8, 4 * size // 8)
+    assert update.weights == 2 * (size - (model.n_layer - 2) * block)
+    assert moments["the loss, backward"].gradients == 4 * size  # whole ones, of the first micro-batch
+    shares = sharded(Sharding("fsdp", 3, keeps_gradients=False), steps=2)
+    assert shares["the loss, backward"].gradients == 4 * size // 8
+    within = sharded(Sharding("fsdp", 3, ranks=4))["the update"]
+    assert within.masters == 2 * update.masters
+
+
+def test_zero_3_divides_the_weights_and_zero_0_nothing():
+    size = sum(memory.parameter_sizes(ModelConfig().resolve()))
+    second, third = (sharded(Sharding("deepspeed", stage, 500_000_000, 1)) for stage in (2, 3))
+    assert third["the update"].weights < second["the update"].weights / 2
+    assert third["the update"].masters == second["the update"].masters
+    none = sharded(Sharding("deepspeed", 0))["the update"]
+    assert (none.weights, none.masters, none.moments, none.gradients) == (2 * size, 4 * size, 8 * size, 6 * size)
+
+
+def test_offloading_leaves_no_optimizer_state_on_the_gpu():
+    for stage in (1, 2, 3):
+        moments = sharded(Sharding("deepspeed", stage, 1000, 1, offload=True)).values()
+        assert all(moment.masters == moment.moments == 0 for moment in moments)
+
+
+def test_ddp_keeps_two_messages_under_way_and_the_masters_gradients():
+    size = sum(memory.parameter_sizes(ModelConfig().resolve()))
+    moments = sharded(Sharding("ddp"))
+    assert "gradients to the masters" not in moments
+    message = memory._largest_message(memory.parameter_sizes(ModelConfig().resolve()))
+    reduced = moments["the all-reduce"]
+    assert (reduced.gradients, reduced.communication) == (4 * size, 2 * 4 * message)
 
 
 def test_more_never_needs_less():

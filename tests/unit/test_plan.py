@@ -155,10 +155,16 @@ def test_without_tokens_the_plan_asks_for_them(capsys):
 
 def test_the_comparison_has_every_engine_with_every_kind_of_recomputing(capsys):
     rows = run_json(capsys, *BASE, "--compare")["rows"]
-    assert len(rows) == 9 and {row["engine"] for row in rows} == {"native", "deepspeed ZeRO-1", "deepspeed ZeRO-2"}
+    assert len(rows) == 18
+    engines = list(dict.fromkeys(row["engine"] for row in rows))
+    assert engines == ["ddp", "fsdp", *(f"deepspeed ZeRO-{stage}" for stage in range(4))]
+    offloading = run_json(capsys, *BASE, "--compare", "--engine.offload_optimizer", "true")["rows"]
+    assert [row["engine"] for row in offloading[6::3]] == [f"deepspeed ZeRO-{stage} offload" for stage in (1, 2, 3)]
+    need = {row["engine"]: row["required_gb"]["8"] for row in rows if row["activation_checkpointing"] == "full"}
+    assert need["ddp"] > need["deepspeed ZeRO-1"] > need["deepspeed ZeRO-2"] > need["deepspeed ZeRO-3"]
     text = run(capsys, *BASE, "--compare")[1]
     assert "95.3!" in text and "72.00 GB are available" in text
-    assert max(len(line) for line in text.splitlines()[:12]) <= 80
+    assert max(len(line) for line in text.splitlines()[:22]) <= 80
 
 
 def test_the_models_are_listed_with_exact_counts(capsys):

@@ -75,7 +75,7 @@ def test_the_validation_loss_is_the_mean_over_sequences(sequences):
     run = SimpleNamespace(
         config=Config(),
         corpus=SimpleNamespace(validation=tokens),
-        engine=SimpleNamespace(evaluate=lambda part: float(part.double().mean())),
+        engine=SimpleNamespace(evaluate=lambda part: float(part.double().mean()), forward_is_collective=False),
         ranks=Alone(),
         history=SimpleNamespace(validated=lambda step, loss: validated.append((step, loss))),
         progress=SimpleNamespace(step=9),
@@ -93,7 +93,7 @@ def test_a_rank_without_validation_sequences_takes_nothing_from_the_mean():
     run = SimpleNamespace(
         config=Config(),
         corpus=SimpleNamespace(validation=np.empty((0, 9), dtype=np.int64)),
-        engine=SimpleNamespace(evaluate=evaluate),
+        engine=SimpleNamespace(evaluate=evaluate, forward_is_collective=False),
         ranks=Alone(others=[6.0, 2.0]),  # another rank's total and count
         history=SimpleNamespace(validated=lambda step, loss: None),
         progress=SimpleNamespace(step=9),

@@ -1,0 +1,144 @@
+"""Every engine on the same small GPT and the same tokens: what the processes of test_engines.py run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import GPT
+from pretrain.config import BatchConfig, EngineConfig, OptimConfig
+from pretrain.engine import zero
+from pretrain.engine.base import Engine, EngineState, ParameterState
+from pretrain.engine.build import build_engine
+from pretrain.model_config import ModelConfig
+from pretrain.ranks import Ranks
+from tests.helpers_training import copied_states
+
+CPU = torch.device("cpu")
+OPTIM = OptimConfig(lr=1e-2, clip=0.2, weight_decay=0.1, warmup_steps=0)
+BATCH = BatchConfig(global_size=8, micro_size=2)  # accumulation 4 on one rank, 2 on two
+SHAPE: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 4,
+    "d_model": 16,
+    "d_ff": 44,
+    "vocab_size": 40,
+    "seq_len": 12,
+    "dropout": 0.0,
+}
+FAMILIES = {
+    "gpt": ModelConfig(size="custom", **SHAPE).resolve(),
+    # odd sizes, which two ranks can't divide evenly; grouped heads; an untied head
+    "llama": ModelConfig(
+        family="llama", size="custom", n_kv_head=2, tie_embeddings=False, **{**SHAPE, "d_ff": 33}
+    ).resolve(),
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "single": {"name": "single"},
+    "native": {"name": "native"},
+    "ddp": {"name": "ddp"},
+    "fsdp": {"name": "fsdp"},
+    "fsdp, reducing at every micro-step": {"name": "fsdp", "fsdp_reduce": "micro_step"},
+    "hybrid": {"name": "fsdp", "fsdp_shard": "hybrid"},
+    **{f"zero{stage}": {"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)},
+    **{
+        f"zero{stage}, offloading": {"name": "deepspeed", "zero_stage": stage, "offload_optimizer": True}
+        for stage in (1, 2, 3)
+    },
+}
+
+
+@dataclass
+class Bench:
+    """Builds engines and trains them, on this rank of a run.
+
+    Args:
+        folder: for the ds_config.json; the same on all ranks.
+    """
+
+    ranks: Ranks
+    folder: Path
+    precision: str = "fp32"
+    family: str = "gpt"
+
+    def build(self, kind: str, seed: int = 0) -> Engine:
+        """An engine over a model with seeded weights; DeepSpeed's fp16 is let run on a CPU, which can multiply it."""
+        torch.manual_seed(seed)
+        file = self.folder / f"ds{self.ranks.rank}.json"
+        # small buckets, so that there are several, and no parameter that stage 3 leaves whole
+        small = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+        file.write_text(json.dumps({"zero_optimization": small}))
+        settings = EngineConfig(**KINDS[kind], ds_config=str(file), initial_loss_scale=1024.0, loss_scale_window=3)
+        if settings.name == "deepspeed":
+            zero.prepare_import(CPU)
+            from deepspeed.accelerator import get_accelerator
+
+            get_accelerator().is_fp16_supported = lambda: True
+        model = GPT(FAMILIES[self.family], "sdpa")
+        engine = build_engine(model, settings, OPTIM, BATCH, self.precision, CPU, self.ranks)
+        assert engine.name == settings.name
+        return engine
+
+    def tokens(self, step: int) -> Tensor:
+        """This rank's share of a step's tokens."""
+        generator = torch.Generator().manual_seed(1000 + step)
+        tokens = torch.randint(SHAPE["vocab_size"], (8, SHAPE["seq_len"] + 1), generator=generator)
+        return tokens.chunk(self.ranks.world_size)[self.ranks.rank]
+
+    def train(self, engine: Engine, steps: range) -> list[list[float]]:
+        """[loss over all ranks, gradient norm] of each step."""
+        curve = []
+        for step in steps:
+            result = engine.train_step(self.tokens(step).split(BATCH.micro_size), 1e-2 / (1 + step / 10))
+            assert result.applied
+            curve.append([self.ranks.mean(float(result.loss)), result.grad_norm])
+        return curve
+
+
+def keep(folder: Path, name: str, states: dict[str, ParameterState], state: EngineState, rank: int) -> None:
+    """Write what an engine gave, as a checkpoint has it, for processes of another run."""
+    if rank == 0:
+        tensors = {f"{key}/{parameter}": tensor for parameter, of in states.items() for key, tensor in of.items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+        (folder / f"{name}.json").write_text(json.dumps(state.to_json()))
+
+
+def kept(folder: Path, name: str) -> tuple[dict[str, ParameterState], EngineState]:
+    """What `keep` wrote."""
+    states: dict[str, ParameterState] = {}
+    for key, tensor in load_file(folder / f"{name}.safetensors").items():
+        kind, _, parameter = key.partition("/")
+        states.setdefault(parameter, {})[kind] = tensor
+    return states, EngineState(**json.loads((folder / f"{name}.json").read_text()))
+
+
+def resume_in_each_other(bench: Bench, kinds: list[str], reference: str = "") -> dict[str, list[list[float]]]:
+    """{"A -> B@ranks": curve of steps 3 to 5} where A took the first three; states pass as they are, to the last bit.
+
+    Args:
+        reference: of what `keep` wrote, which every engine resumes, too.
+    """
+    engines = {kind: bench.build(kind, seed=0) for kind in kinds}
+    sources = {}
+    for kind, engine in engines.items():
+        bench.train(engine, range(3))
+        sources[kind] = copied_states(engine), engine.state()
+        keep(bench.folder, f"{kind}@{bench.ranks.world_size}", *sources[kind], bench.ranks.rank)
+    if reference:
+        sources[reference] = kept(bench.folder, reference)
+    curves = {}
+    for source, (states, state) in sources.items():
+        for kind, engine in engines.items():
+            engine.load(states.__getitem__, state)
+            after = copied_states(engine)
+            wrong = [name for name in after for key in after[name] if not after[name][key].equal(states[name][key])]
+            assert not wrong, f"{source} -> {kind}: {wrong}"
+            assert engine.state() == state
+            curves[f"{source} -> {kind}@{bench.ranks.world_size}"] = bench.train(engine, range(3, 6))
+    return curves
