@@ -13,12 +13,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 if TYPE_CHECKING:
     from pretrain.kv_cache import KVCache
@@ -181,7 +186,15 @@ EXPENSIVE = (
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 )
-selective = functools.partial(create_selective_checkpoint_contexts, list(EXPENSIVE))
+
+
+def keep_expensive(_context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """What selective activation checkpointing does with an operation's result."""
+    is_flash = op.namespace == "flash_attn"  # there only where the package is
+    return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or is_flash else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+selective = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
 
 
 class GPT(nn.Module):

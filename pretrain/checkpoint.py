@@ -237,19 +237,19 @@ class CheckpointReader:
         """Compare the checkpoint's parameters with the model's.
 
         Raises:
-            CheckpointError: naming the first parameters that are missing, left over, or of another shape.
+            CheckpointError: naming each parameter that is missing, left over, or of another shape; those of several
+                blocks at once.
         """
         found = {key for key in self._where if "/" not in key}
-        problems = [f"{name} is not in the checkpoint" for name in shapes if name not in found]
-        problems += [f"{name} is not in the model" for name in sorted(found - set(shapes))]
+        problems = {name: "is not in the checkpoint" for name in shapes if name not in found}
+        problems |= dict.fromkeys(sorted(found - set(shapes)), "is not in the model")
         for name in sorted(found & set(shapes)):
             shape = self._shape(name)
             if shape != shapes[name]:
-                problems.append(f"{name} is {shape} in the checkpoint and {shapes[name]} in the model")
+                problems[name] = f"is {shape} in the checkpoint and {shapes[name]} in the model"
         if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise CheckpointError(
-                f"{self.folder.name} is of another model: {'; '.join(problems[:3])}{more}",
+                f"{self.folder.name} is of another model: {'; '.join(_by_block(problems))}",
                 "Resume with the model section of the checkpoint's config.yaml, or start another run with --run NAME.",
             )
 
@@ -295,3 +295,21 @@ def _write_error(path: Path, error: Exception) -> StorageError:
     return StorageError(
         f"can't write {path}: {reason}", "Free space or point --checkpoint.dir at a writable disk; the last one holds."
     )
+
+
+def _by_block(problems: Mapping[str, str]) -> list[str]:
+    """A sentence for each parameter with a problem; what ails the same one of several blocks is said once."""
+    blocks: dict[tuple[str, str], list[int]] = {}
+    sentences = []
+    for name, problem in problems.items():
+        stem, _, rest = name.partition(".")
+        number, _, part = rest.partition(".")
+        if stem == "blocks" and number.isdecimal():
+            blocks.setdefault((part, problem), []).append(int(number))
+        else:
+            sentences.append(f"{name} {problem}")
+    for (part, problem), numbers in blocks.items():
+        first, last = min(numbers), max(numbers)
+        spelled = f"{first}-{last}" if last - first + 1 == len(numbers) > 1 else ",".join(map(str, sorted(numbers)))
+        sentences.append(f"blocks.{spelled}.{part} {problem}")
+    return sentences

@@ -133,7 +133,9 @@ def _file_name(name: Any) -> str:
 
 
 def _entry(tree: Any) -> FileEntry:
-    return FileEntry(int(tree["bytes"]), str(tree["crc32c"]))
+    if (size := int(tree["bytes"])) < 0:  # who reads so many bytes would read all there are
+        raise ValueError(f"{size} bytes")
+    return FileEntry(size, str(tree["crc32c"]))
 
 
 def _archive(tree: Any, files: Mapping[str, FileEntry]) -> ArchiveEntry:

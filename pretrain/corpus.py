@@ -63,7 +63,7 @@ def fetch_corpus(
         StorageError: the bucket or the cache can't be used.
     """
     seq_len = model.seq_len
-    store, shards = _fetch(data, storage, ranks, model.vocab_size)
+    store, shards = _fetch(data, storage, ranks, model)
     if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
         raise ShardError(
             f"{data.source}: not every rank found the same shards", "Start again once nobody is writing there."
@@ -74,7 +74,7 @@ def fetch_corpus(
     validation = None
     if data.val_source:
         val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _fetch(val_data, storage, ranks, model.vocab_size)
+        _, val_shards = _fetch(val_data, storage, ranks, model)
         validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
     return Corpus(
         batches=batches,
@@ -86,13 +86,14 @@ def fetch_corpus(
     )
 
 
-def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, vocab_size: int) -> tuple[ObjectStore, ShardSet]:
+def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> tuple[ObjectStore, ShardSet]:
     store = open_store(data.source, storage)
     logger.info("data: %s", store.describe())
     shards = fetch_shards(
         store,
         data,
-        vocab_size=vocab_size,
+        vocab_size=model.vocab_size,
+        may_be_larger=bool(model.init_from),  # OPT, Pythia and Qwen3 have rows that their tokenizers never name
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
     )

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import ShardError
 from pretrain.evaluation import Source, Text, TokenStream, bytes_per_token
-from pretrain.generation import end_of_text
+from pretrain.generation import end_of_text, plainly
 from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from pretrain.shards import fetch_shards, read_manifest
 from pretrain.storage import ObjectStore, open_store
@@ -22,11 +22,17 @@ from pretrain.tokenizers import BATCH_DOCUMENTS, load_tokenizer
 
 TEXT_SUFFIXES = (".txt", ".jsonl")
 NO_BYTE_LENGTHS = "no bits per byte: the tokenizer is not byte-level, so a token has no number of bytes"
+OTHER_TOKENIZER = "Evaluate on shards of the tokenizer that the model was trained with."
 NO_TOKENIZER = "no bits per byte: neither the shards nor the checkpoint have a tokenizer.json"
 
 
 def shard_source(
-    data: DataConfig, vocab_size: int, tokenizer: Tokenizer | None, storage: StorageConfig | None = None
+    data: DataConfig,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    storage: StorageConfig | None = None,
+    *,
+    may_be_larger: bool = False,
 ) -> Source:
     """Shards in the order of their names, read through the cache as training reads them.
 
@@ -36,6 +42,7 @@ def shard_source(
         data: source, pattern, cache_dir and the rest of what says how shards are read.
         vocab_size: the model's.
         tokenizer: the model's; where it is None, the one beside the shards tells their bytes.
+        may_be_larger: whether `vocab_size` may exceed the vocabulary of the shards' manifest.
 
     Raises:
         ShardError: no shards, damaged ones, or another vocabulary or tokenizer than the model's.
@@ -43,18 +50,18 @@ def shard_source(
     """
     store = open_store(data.source, storage or StorageConfig())
     manifest = read_manifest(store, store.list())
-    if manifest and manifest.vocab_size not in (0, vocab_size):
-        raise ShardError(
-            f"{data.source}: {MANIFEST_NAME} says vocab_size {manifest.vocab_size}, the model has {vocab_size}",
-            "Evaluate on shards of the tokenizer that the model was trained with.",
-        )
+    if manifest:
+        try:
+            manifest.check_vocab_size(vocab_size, f"{data.source}: {MANIFEST_NAME}", may_be_larger)
+        except ShardError as error:
+            raise ShardError(error.what, OTHER_TOKENIZER) from error
     beside = _tokenizer_beside(store)
     if tokenizer and beside and tokenizer.get_vocab() != beside.get_vocab():
         raise ShardError(
             f"{data.source}: its {TOKENIZER_NAME} has other tokens than the model's",
-            "Evaluate on shards of the tokenizer that the model was trained with.",
+            OTHER_TOKENIZER,
         )
-    shards = fetch_shards(store, data, vocab_size=vocab_size)
+    shards = fetch_shards(store, data, vocab_size=vocab_size, may_be_larger=may_be_larger)
     known = beside or tokenizer
     lengths = bytes_per_token(known, vocab_size) if known else None
     note = "" if lengths is not None else NO_BYTE_LENGTHS if known else NO_TOKENIZER
@@ -94,7 +101,7 @@ def text_source(
     """
     if (eot_id := end_of_text(tokenizer)) is None:
         raise ShardError("the tokenizer has no end of text that is known here", "Give another: --tokenizer")
-    tokenizer.encode_special_tokens = True  # text that spells a special token is that text
+    plainly(tokenizer)
     pieces, n_tokens, text_bytes = [np.array([eot_id], dtype=np.int64)], 0, 0
     documents = read_documents(paths, text_key)
     while (n_tokens < max_tokens or not max_tokens) and (batch := list(islice(documents, BATCH_DOCUMENTS))):

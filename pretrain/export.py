@@ -26,17 +26,18 @@ from pretrain.checkpoint import CheckpointReader
 from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.errors import CheckpointError, ConfigError, StorageError
 from pretrain.files import disk_problem, sync
+from pretrain.generation import end_of_text, plainly
 from pretrain.hf_config import CLASSES, CONFIG_FILE, model_type_of, to_hf
 from pretrain.hf_source import from_hf
 from pretrain.hf_weights import INDEX_FILE, WEIGHTS_FILE, Entry, entries, load_hf
 from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig
 from pretrain.pretrained import build, check_shapes, load_model_config, tokenizer_of
-from pretrain.tokenizers import END_OF_TEXT
 
 TRIAL_ROWS, TRIAL_TOKENS = 2, 128
 TOLERANCE = 1e-4  # of the largest logit, or absolute where that is below 1: fp32 in another order of sums
 SAMPLE = "Hello, world! 1 + 1 = 2\n\tüñí → ∑\n"
+ANOTHER_VERSION = "Nothing is left behind. Is the version of transformers the one of requirements-dev.txt?"
 CPU = torch.device("cpu")
 
 
@@ -105,7 +106,7 @@ def export(
         if not difference <= exported.allowed_difference:  # so that nan is caught, too
             raise CheckpointError(
                 f"what was written computes other logits, off by {difference:.2e} of {scale:.3g} ({loaded_by})",
-                "Nothing is left behind. Is the version of transformers the one of requirements-dev.txt?",
+                ANOTHER_VERSION,
             )
     return exported
 
@@ -198,14 +199,15 @@ def _write_documents(
     config: ModelConfig, tokenizer: Tokenizer | None, checkpoint: Path, folder: Path, dtype: str
 ) -> None:
     """config.json, generation_config.json, and the tokenizer's files where there is one."""
-    eot_id = tokenizer.token_to_id(END_OF_TEXT) if tokenizer else None
+    eot_id = end_of_text(tokenizer) if tokenizer else None
     _write_json(folder / CONFIG_FILE, to_hf(config, eot_id, dtype))
     ends = {} if eot_id is None else {"bos_token_id": eot_id, "eos_token_id": eot_id, "pad_token_id": eot_id}
     _write_json(folder / "generation_config.json", ends)
     if tokenizer is None:
         return
     shutil.copyfile(checkpoint / TOKENIZER_NAME, folder / TOKENIZER_NAME)
-    special = {} if eot_id is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    end = None if eot_id is None else tokenizer.id_to_token(eot_id)
+    special = {} if end is None else dict.fromkeys(("bos_token", "eos_token", "pad_token"), end)
     _write_json(
         folder / "tokenizer_config.json",
         {
@@ -258,9 +260,13 @@ def _logits_of_transformers(folder: Path, tokens: Tensor) -> tuple[str, Tensor]:
             model, report = load(folder, dtype=torch.float32, output_loading_info=True, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         version = transformers.__version__
-        raise CheckpointError(f"transformers {version} can't load what was written: {error}") from error
+        raise CheckpointError(
+            f"transformers {version} can't load what was written: {error}", ANOTHER_VERSION
+        ) from error
     if wrong := {what: sorted(map(str, names)) for what, names in report.items() if names}:
-        raise CheckpointError(f"transformers {transformers.__version__} does not load what was written: {wrong}")
+        raise CheckpointError(
+            f"transformers {transformers.__version__} does not load what was written: {wrong}", ANOTHER_VERSION
+        )
     return f"transformers {transformers.__version__}", model.eval()(tokens).logits
 
 
@@ -272,9 +278,12 @@ def _compare_tokenizers(folder: Path, tokenizer: Tokenizer | None) -> None:
 
     with _quiet(transformers):
         theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    expected = tokenizer.encode(SAMPLE, add_special_tokens=False).ids
-    if (found := theirs.encode(SAMPLE, add_special_tokens=False)) != expected:
-        raise CheckpointError(f"AutoTokenizer reads {SAMPLE!r} as {found}, the checkpoint's tokenizer as {expected}")
+        found = theirs.encode(SAMPLE, add_special_tokens=False)  # it remarks that a tiny context can't hold the sample
+    expected = plainly(tokenizer).encode(SAMPLE, add_special_tokens=False).ids
+    if found != expected:
+        raise CheckpointError(
+            f"AutoTokenizer reads {SAMPLE!r} as {found}, the checkpoint's tokenizer as {expected}", ANOTHER_VERSION
+        )
 
 
 @contextmanager

@@ -99,8 +99,10 @@ def _read(text: str, rank: int) -> dict[str, _Armed]:
                 f"{VARIABLE}={part} is not NAME:COUNT:ACTION",
                 f"Names: {', '.join(FAILPOINTS)}. Actions: {', '.join(ACTIONS)}, with @RANK on one rank only.",
             )
+        turns = range(int(numbers[0]), int(numbers[-2]) + 1)
+        if not turns or not turns[0]:
+            raise ConfigError(f"{VARIABLE}={part} is never reached", "Count from 1, and FIRST-LAST upwards.")
         if not only or int(only) == rank:
-            turns = range(int(numbers[0]), int(numbers[-2]) + 1)
             armed[name] = _Armed(turns, ACTIONS[action])
     return armed
 

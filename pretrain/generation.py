@@ -231,14 +231,24 @@ def end_of_text(tokenizer: Tokenizer) -> int | None:
     return next((token for token in ids if token is not None), None)
 
 
+def plainly(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, set to encode the whole text and nothing else, as documents are encoded for training.
+
+    A tokenizer.json may say that texts are cut or padded to some length, as a fine-tuning once wanted them.
+    """
+    tokenizer.encode_special_tokens = True  # text that spells a special token is that text
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a prompt, as documents are encoded for training; an empty one begins a new text, after the end of another.
 
     Raises:
         ConfigError: an empty prompt and no end of text in the tokenizer.
     """
-    tokenizer.encode_special_tokens = True  # text that spells a special token is that text
-    if ids := list(tokenizer.encode(text, add_special_tokens=False).ids):
+    if ids := list(plainly(tokenizer).encode(text, add_special_tokens=False).ids):
         return ids
     eot_id = end_of_text(tokenizer)
     if eot_id is None:

@@ -42,6 +42,21 @@ def resolve_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def choose_device(device: str, dtype: str) -> tuple[torch.device, str]:
+    """What a script's --device (auto, cpu, cuda) and --dtype (auto, fp32, bf16, fp16) mean for a model that only reads.
+
+    Raises:
+        ConfigError: cuda, on a machine without a GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda, and torch sees no GPU here", "Take --device cpu.")
+    chosen = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
+    if dtype == "auto":
+        dtype = "bf16" if chosen.type == "cuda" else "fp32"
+    return chosen, dtype
+
+
 def device_name(device: torch.device) -> str:
     """The device's name as its maker gives it."""
     if device.type == "cuda":

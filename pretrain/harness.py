@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import ConfigError, StorageError
+from pretrain.hf_config import DTYPES
 
 INSTALL = "pip install -r requirements.txt -r requirements-eval.txt"
-TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def run_tasks(
         try:
             found = lm_eval.simple_evaluate(
                 model="hf",
-                model_args={"pretrained": str(folder), "dtype": TORCH_NAMES[dtype]},
+                model_args={"pretrained": str(folder), "dtype": DTYPES[dtype]},
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
                 batch_size=batch_size,

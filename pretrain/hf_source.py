@@ -16,6 +16,7 @@ from pretrain.hf_config import CLASSES, CONFIG_FILE
 from pretrain.model_config import ModelConfig, model_problems
 
 PARTIAL = "partial_rotary_factor"
+ANOTHER = "Name the folder of a model of one of these classes."
 ACTIVATIONS = {
     # several names of one function
     "gelu_new": "gelu_tanh",
@@ -48,7 +49,7 @@ class HFSource:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} can't be read: {error}", "Name the folder of a Hugging Face model.") from error
         if not isinstance(tree, dict):
-            raise ConfigError(f"{path} must hold an object, found {type(tree).__name__}")
+            raise ConfigError(f"{path} must hold an object, found {type(tree).__name__}", "Fetch it again.")
         self.tree: dict[str, Any] = tree
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -150,11 +151,13 @@ def _known_type(source: HFSource) -> str:
     known = ", ".join(by_architecture)
     if named and isinstance(named, list):
         if named[0] not in by_architecture:
-            raise ConfigError(f"{source.path}: the architecture {named[0]} is not one of ours: {known}")
+            raise ConfigError(f"{source.path}: the architecture {named[0]} is not one of ours: {known}", ANOTHER)
         return by_architecture[named[0]]
     model_type = source.get("model_type")
     if model_type not in CLASSES:
-        raise ConfigError(f"{source.path}: the model_type {model_type!r} is none of {', '.join(CLASSES)} ({known})")
+        raise ConfigError(
+            f"{source.path}: the model_type {model_type!r} is none of {', '.join(CLASSES)} ({known})", ANOTHER
+        )
     return str(model_type)
 
 
@@ -286,11 +289,14 @@ _READERS: dict[str, Callable[[HFSource], dict[str, Any]]] = {
 
 # ---- continued pretraining ----
 
+SHAPE = ("family", "n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
+
 
 def starting_settings(folder: Path, settings: dict[str, Any], firm: dict[str, Any]) -> dict[str, Any]:
     """What `--model.init_from FOLDER` sets, as "model.FIELD" -> value.
 
-    With RoPE the context is free, so a seq_len of the settings stays.
+    With RoPE the context is free, so a seq_len of the settings stays. A run that is resumed with the whole shape in its
+    settings, as a checkpoint's config.yaml has it, needs the folder no more: where it isn't there, nothing is set.
 
     Args:
         settings: all that are given, by "section.field".
@@ -299,6 +305,9 @@ def starting_settings(folder: Path, settings: dict[str, Any], firm: dict[str, An
     Raises:
         ConfigError: naming each firm setting that contradicts the folder; else as `from_hf`.
     """
+    whole = all(firm.get(f"model.{name}") for name in SHAPE)
+    if whole and settings.get("checkpoint.resume") and not (folder / CONFIG_FILE).exists():
+        return {}
     fields = {f"model.{name}": value for name, value in from_hf(folder).items()}
     if fields["model.position"] == "rope" and settings.get("model.seq_len"):
         del fields["model.seq_len"]

@@ -302,5 +302,7 @@ def _files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{index} is no index of safetensors: {error}", "Fetch it again.") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {name!r}, which is no safetensors file of the folder")
+            raise CheckpointError(
+                f"{index} names {name!r}, which is no safetensors file of the folder", "Fetch the folder again."
+            )
     return [folder / name for name in names]

@@ -23,7 +23,7 @@ from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.engine.base import Engine
 from pretrain.errors import StorageError
-from pretrain.files import make_writable
+from pretrain.files import PART_SUFFIX, make_writable
 from pretrain.local_writer import SaveJob, Writer
 from pretrain.ranks import Ranks, background_group
 from pretrain.resumption import agree, share_inventory
@@ -51,6 +51,7 @@ class Keeper:
     Raises:
         StorageError: the folder or the bucket can't be written.
         ConfigError: archives of that kind can't be made here.
+        CheckpointError: a tool, or without a bucket another trainer, is using the run.
     """
 
     def __init__(self, config: CheckpointConfig, storage: StorageConfig, run_name: str, ranks: Ranks) -> None:
@@ -60,16 +61,15 @@ class Keeper:
         self._run_name = run_name
         self._folder = Path(config.dir) / run_name
         self._store = open_store(config.url, storage) if config.url else None
-        if ranks.local_rank == 0:
-            make_writable(self._folder, "--checkpoint.dir")
+        self._lock = self._hold_folder()
         attempt = self._fresh_attempt()
-        self._lock = RunLock(self._folder)  # on every rank: one that outlives the others keeps tools out, too
         writer_group, upload_group = background_group(), background_group()
         self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
         self._sequence = self._inventory.last_sequence
         self._last_saved_step = 0
         self._buffers = HostBuffers()
         self._saved: list[CheckpointName] = []
+        self._leftover: CheckpointName | None = None  # the run's newest, where an earlier process did not upload it
         self.skipped: list[str] = []
         """Names of the saves that were left out because the one before was still being written."""
         self.dropped: list[str] = []
@@ -93,6 +93,24 @@ class Keeper:
                 on_failure=self._upload_failed,
             )
         self._writer = Writer(self._folder, ranks, attempt, writer_group, self._committed_here)
+
+    def _hold_folder(self) -> RunLock:
+        """Find out that the folder can be written, free it of half-made archives, and keep off it who must not be there
+        meanwhile."""
+        if self._ranks.local_rank == 0:
+            make_writable(self._folder, "--checkpoint.dir")
+            # an archive that a kill left half-made is as big as a checkpoint, and no later one takes its name
+            for archive in self._folder.glob(f".checkpoint-*{PART_SUFFIX}"):
+                archive.unlink(missing_ok=True)
+        lock = RunLock(self._folder)  # on every rank: one that outlives the others keeps tools out, too
+
+        def alone() -> dict[str, Any]:
+            lock.keep_trainers_out()
+            return {}
+
+        if self._store is None:
+            self._ranks.decided_by_first(alone)
+        return lock
 
     def _check_writable(self, attempt: str) -> None:
         """Have rank 0 write to the bucket before the first step, not hours later. Raises StorageError everywhere."""
@@ -123,6 +141,8 @@ class Keeper:
             if self._ranks.is_first:
                 logger.info("%s was not uploaded before: queued", manifest.name)
             self._uploads.put(UploadJob(manifest, self._folder / str(manifest.name), files))
+            if manifest.sequence == self._inventory.last_sequence:
+                self._leftover = manifest.name
 
     # ---- saving ----
 
@@ -212,14 +232,16 @@ class Keeper:
             raise failure
 
     def check_last_commit(self) -> None:
-        """At the end of a run, when all uploads have been tried: the last checkpoint must be where it is to be kept.
+        """At the end of a run, when all uploads have been tried: the last checkpoint must be where it is to be kept,
+        also where an earlier process has saved it.
 
         Raises:
             StorageError: it is on this machine only.
         """
-        if self._saved and str(self._saved[-1]) not in self.committed:
+        last = self._saved[-1] if self._saved else self._leftover
+        if last and str(last) not in self.committed:
             error = StorageError(
-                f"the run is complete, but {self._saved[-1]} did not reach {self._config.url}; it is in {self._folder}",
+                f"the run is complete, but {last} did not reach {self._config.url}; it is in {self._folder}",
                 "Start again with --resume auto once the bucket is within reach: that uploads it.",
             )
             error.shared = True

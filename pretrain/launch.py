@@ -173,8 +173,10 @@ def _quiet_agent() -> Iterator[None]:
 
 def _exit_code(failures: Mapping[int, ProcessFailure], received: list[int]) -> int:
     """The launcher's exit code for workers that failed; says on stderr what no worker can have said itself."""
-    # Timestamps are whole seconds. In one second an error that explains itself wins over a rank that lost its peer.
-    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, item[1].exitcode not in ERROR_CODES))
+    # Timestamps are whole seconds. In one second an error that explains itself wins over a rank that lost its peer, and
+    # so does one that has saved and stopped: the agent ends the others then, in whatever they are doing.
+    order = {**dict.fromkeys(ERROR_CODES, 0), EXIT_STOPPED: 1}
+    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, order.get(item[1].exitcode, 2)))
     code = failure.exitcode
     if code in ERROR_CODES or code == EXIT_STOPPED:
         return code

@@ -176,15 +176,21 @@ class Writer:
 
         Raises:
             StorageError: on every rank, where it or an OSError was raised on one.
+            Exception: any other, where it was raised; on the other ranks a StorageError.
         """
         problem = mend = ""
         result: dict[str, Any] = {}
+        unexpected: Exception | None = None
         try:
             result = action()
         except (StorageError, OSError) as error:
             known = error if isinstance(error, StorageError) else self._write_error(error)
             problem, mend = known.what, known.mend
+        except Exception as error:  # noqa: BLE001 (the other ranks wait for this one's answer, whatever has happened)
+            unexpected, problem = error, f"rank {self._ranks.rank}: {type(error).__name__}: {error}"
         answers = self._ranks.exchange({"problem": problem, "mend": mend, "result": result}, self._group)
+        if unexpected:
+            raise unexpected
         if failed := next((answer for answer in answers if answer["problem"]), None):
             everywhere = StorageError(failed["problem"], failed["mend"])
             everywhere.shared = True

@@ -83,13 +83,16 @@ class DataManifest:
             unigram_entropy=entropy,
         )
 
-    def check_vocab_size(self, vocab_size: int, source: str) -> None:
+    def check_vocab_size(self, vocab_size: int, source: str, may_be_larger: bool = False) -> None:
         """Refuse a model whose vocabulary is not the tokenizer's.
+
+        Args:
+            may_be_larger: the model's may have ids that the tokenizer never gives, as many models of others have.
 
         Raises:
             ShardError: naming both.
         """
-        if self.vocab_size and self.vocab_size != vocab_size:
+        if self.vocab_size and self.vocab_size != vocab_size and not (may_be_larger and vocab_size > self.vocab_size):
             raise ShardError(
                 f"{source} says vocab_size {self.vocab_size} (tokenizer {self.tokenizer or 'unknown'}), "
                 f"the model has model.vocab_size {vocab_size}",

@@ -48,6 +48,7 @@ COMMON: dict[str, Any] = {
     "qk_norm": False,
     "tie_embeddings": False,
 }
+ROPE_OPTIONS = ("rotary_pct", "rope_theta")  # they mean nothing with learned positions
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ class ModelConfig:
         size = MODEL_SIZES.get(self.size, Size(0, 0, 0))
         family = self.family or size.family
         style = {**COMMON, **FAMILIES[family]}
+        if (self.position or style["position"]) == "learned":  # what a family says of RoPE is not said of this model
+            style |= {name: COMMON[name] for name in ROPE_OPTIONS}
         chosen = {
             name: value for name in style if (value := getattr(self, name)) not in ("", 0.0, None) or value is False
         }
@@ -267,9 +270,12 @@ def model_problems(model: ModelConfig) -> list[str]:
         (m.norm_eps < 0, f"model.norm_eps {m.norm_eps} must not be negative"),
         (m.rope_theta <= 1, f"model.rope_theta {m.rope_theta} must be above 1"),
         (not 0 < m.rotary_pct <= 1, f"model.rotary_pct {m.rotary_pct} must be in (0, 1]"),
-        (
-            not rotates and m.rotary_pct != COMMON["rotary_pct"],
-            f"model.rotary_pct {m.rotary_pct} means nothing with learned positions: it is of --model.position rope",
+        *(
+            (
+                not rotates and getattr(m, name) != COMMON[name],
+                f"model.{name} {getattr(m, name)} means nothing with learned positions: it is of --model.position rope",
+            )
+            for name in ROPE_OPTIONS
         ),
         (
             rotates and (m.rotary_dim < 2 or m.rotary_dim % 2),

@@ -44,7 +44,8 @@ def roll_back(run: Run, trouble: Trouble) -> None:
         DivergenceError: `train.max_rollbacks` are used up, or no good checkpoint is left; the report is written.
         StorageError: a checkpoint before it could not be written.
     """
-    run.keeper.wait()
+    # Uploads get a while, not as long as they take: to the watchdog this is one long step.
+    run.keeper.wait(run.config.train.hang_timeout_s / 4 or None)
     run.record_events()
     run.keeper.check()
     limit = run.config.train.max_rollbacks

@@ -13,6 +13,7 @@ from pretrain import log
 from pretrain.errors import CheckpointError
 from pretrain.files import disk_problem
 
+TRAINER_FILE = ".trainer.lock"  # empty: the lock is the kernel's
 # Some network and FUSE file systems know no locks; NFS knows them, but not those of folders.
 _UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
@@ -22,21 +23,32 @@ logger = log.get(__name__)
 class RunLock:
     """A trainer's hold on its run's folder, until `release` or the end of the process.
 
-    Trainers share it: that two of them are on one run is found out by the commits, wherever they run. What it keeps
-    out is a tool that would upload, replace or remove what the trainer is writing.
+    Ranks share it, and so do trainers with a bucket: there the commits tell that two of them are on one run, wherever
+    they run. What it keeps out is a tool that would upload, replace or remove what the trainer is writing.
 
     Raises:
         CheckpointError: a tool is at work in the folder.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._descriptor = _lock(folder, fcntl.LOCK_SH, "a tool (upload_manager or checkpoint_viewer)")
+        self._folder = folder
+        self._descriptors = [_lock(folder, fcntl.LOCK_SH, "a tool (upload_manager or checkpoint_viewer)")]
+
+    def keep_trainers_out(self) -> None:
+        """Keep other trainers off the folder, too: without a bucket nothing else tells one of another. For rank 0.
+
+        Raises:
+            CheckpointError: another trainer is using the run.
+            StorageError: the folder can't be written.
+        """
+        self._descriptors.append(_lock(self._folder / TRAINER_FILE, fcntl.LOCK_EX, "another trainer"))
 
     def release(self) -> None:
-        """Let tools in; a second call does nothing."""
-        descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        """Let tools and trainers in; a second call does nothing."""
+        descriptors, self._descriptors = self._descriptors, []
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -55,11 +67,13 @@ def sole_use(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _lock(folder: Path, kind: int, holder: str) -> int:
-    """The folder, open and locked; -1 where the file system has no such locks."""
+def _lock(place: Path, kind: int, holder: str) -> int:
+    """A run's folder or its TRAINER_FILE, open and locked; -1 where the file system has no such locks."""
+    folder = place.parent if place.name == TRAINER_FILE else place
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        flags = os.O_RDONLY | os.O_DIRECTORY if place == folder else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(place, flags, 0o666)
     except OSError as error:
         if problem := disk_problem(error, folder):
             raise problem from error

@@ -59,6 +59,7 @@ def fetch_shards(
     data: DataConfig,
     *,
     vocab_size: int,
+    may_be_larger: bool = False,
     local_rank: int = 0,
     local_world_size: int = 1,
     on_progress: OnProgress | None = None,
@@ -67,6 +68,7 @@ def fetch_shards(
 
     Args:
         vocab_size: every token id must be below it.
+        may_be_larger: whether it may exceed the vocabulary of the manifest.
         local_rank: of this process on its node, 0 to local_world_size - 1.
 
     Raises:
@@ -77,7 +79,7 @@ def fetch_shards(
     objects = select_shards(listed, data.pattern, data.max_files, store.url)
     manifest = read_manifest(store, listed)
     if manifest:
-        manifest.check_vocab_size(vocab_size, f"{store.url.rstrip('/')}/{MANIFEST_NAME}")
+        manifest.check_vocab_size(vocab_size, f"{store.url.rstrip('/')}/{MANIFEST_NAME}", may_be_larger)
     cache = ShardCache(store, data, vocab_size, manifest)
     if local_rank == 0:
         cache.remove_leftovers()

@@ -1,18 +1,21 @@
-"""A byte-level BPE tokenizer: trained on text, saved as tokenizer.json, turned into arrays of ids."""
+"""Tokenizers: a byte-level BPE or a WordPiece trained on text, saved as tokenizer.json, turned into arrays of ids."""
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pretrain.errors import ConfigError, ShardError
 from pretrain.files import new_file
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "[UNK]"  # WordPiece has no bytes to fall back on
 SMALLEST_VOCAB = 256 + 1  # every byte, so that any text can be encoded, and the end of text
 BATCH_DOCUMENTS = 64
 
@@ -36,6 +39,47 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
+    return _exactly(tokenizer, vocab_size)
+
+
+def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A WordPiece with exactly `vocab_size` ids, as BERT's with case and accents kept.
+
+    White space is not kept, and a character that the documents don't have becomes [UNK]. The same documents in the
+    same order give the same one; they are held in memory meanwhile.
+
+    Raises:
+        ConfigError: a vocabulary too small.
+        ShardError: too little text for so many ids.
+    """
+    if vocab_size < SMALLEST_VOCAB:
+        raise ConfigError(f"vocab_size {vocab_size} is below {SMALLEST_VOCAB}", "Give more ids")
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    texts = list(documents)
+    seen: Counter[str] = Counter()
+    for text in texts:
+        seen.update("".join(tokenizer.normalizer.normalize_str(text).split()))
+    # A character stands in the vocabulary twice, at a word's start and within: together at most half of it.
+    alphabet = sorted(sorted(seen, key=lambda char: (-seen[char], char))[: vocab_size // 4])
+    # The trainer would number the second kind in the order of a hash map, another one in each process.
+    within = [f"##{char}" for char in alphabet]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[UNKNOWN, END_OF_TEXT, *within],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tree = json.loads(tokenizer.to_str())
+    tree["added_tokens"] = tree["added_tokens"][:2]  # those within words are not special after all
+    return _exactly(Tokenizer.from_str(json.dumps(tree)), vocab_size)
+
+
+def _exactly(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocab_size:
         raise ShardError(
             f"the text gives {tokenizer.get_vocab_size()} token ids, expected {vocab_size}",

@@ -10,7 +10,7 @@ the layout of Hugging Face. Windows of the model's context advance by --stride a
 scored: a smaller stride gives every token more context, and takes longer. Bits per byte count the end of each document
 as nats without bytes. Tasks run on an export by lm-eval-harness, an extra for Python 3.11 and newer: pip install -r
 requirements.txt -r requirements-eval.txt. Exit codes: 0 done, 2 wrong settings, 3 bad data, 4 storage, 5 no checkpoint
-or a damaged one, 6 the loss is not finite.
+or a damaged one, 6 the loss is not finite, 130 stopped by Ctrl+C.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ if TYPE_CHECKING:
     from pretrain.pretrained import Pretrained
 
 LINE_EVERY_S = 10.0
+EXIT_INTERRUPTED = 130  # as a shell counts a program that ended by SIGINT
+OF_SOURCE: dict[str, dict[str, Any]] = {
+    # options that only one kind of source has, with what they are where they are not given
+    "data": {"pattern": "*.npz", "max_files": 0, "pad_token_id": -1},
+    "text": {"text_key": "text"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl+C", file=sys.stderr)
+        return EXIT_INTERRUPTED
     if options.json:
         print(json.dumps(found, indent=1))
     return 0
@@ -100,6 +109,10 @@ def check(options: argparse.Namespace) -> None:
     given = [name for name in ("task_path", "limit", "num_fewshot") if getattr(options, name) is not None]
     if given and not options.tasks:
         problems.append(f"--{' and --'.join(given)} mean nothing without --tasks")
+    for source, of_it in OF_SOURCE.items():
+        given = [name for name, default in of_it.items() if getattr(options, name) != default]
+        if given and not getattr(options, source):
+            problems.append(f"--{' and --'.join(given)} mean nothing without --{source}")
     if options.task_path and not options.task_path.is_dir():
         problems.append(f"--task_path {options.task_path} is no folder")
     if problems:
@@ -108,18 +121,14 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     """Evaluate and show; the object that --json prints."""
-    import torch
-
+    from pretrain.hardware import choose_device
     from pretrain.harness import check_harness
     from pretrain.pretrained import is_hf_folder, open_checkpoint
 
-    log.setup(0, None)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda, and torch sees no GPU here", "Take --device cpu.")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.dtype == "auto":
-        options.dtype = "bf16" if options.device == "cuda" else "fp32"
+    if not options.json:  # the log goes to stdout, which then is for the object alone
+        log.setup(0, None)
+    device, options.dtype = choose_device(options.device, options.dtype)
+    options.device = device.type
     if options.tasks:
         check_harness()
         if not is_hf_folder(
@@ -171,6 +180,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
 def sources(options: argparse.Namespace, pretrained: Pretrained) -> list[Source]:
     """What --data and --text name, all of it read or mapped before the first is scored."""
     from pretrain.eval_sources import shard_source, text_source
+    from pretrain.pretrained import is_hf_folder
     from pretrain.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else pretrained.tokenizer
@@ -184,7 +194,9 @@ def sources(options: argparse.Namespace, pretrained: Pretrained) -> list[Source]
             cache_dir=options.cache_dir,
             pad_token_id=options.pad_token_id,
         )
-        found.append(shard_source(data, vocab_size, tokenizer))
+        # a model of Hugging Face, or a run that began with one, may have ids that its tokenizer never gives
+        may_be_larger = bool(pretrained.config.init_from) or is_hf_folder(options.checkpoint)
+        found.append(shard_source(data, vocab_size, tokenizer, may_be_larger=may_be_larger))
     if options.text:
         if tokenizer is None:
             raise ConfigError(f"{pretrained.name} has no tokenizer.json, which --text needs", "Give one: --tokenizer")

@@ -11,7 +11,8 @@ of our own model on random tokens; on a mismatch OUT is not left behind. Then:
     AutoModelForCausalLM.from_pretrained("exported"), AutoTokenizer.from_pretrained("exported")
 
 Exit codes: 0 done, 2 wrong settings or a model that transformers has no class for, 3 an unreadable tokenizer,
-4 storage, 5 a checkpoint that is missing, damaged or of another shape, or an export that failed its trial.
+4 storage, 5 a checkpoint that is missing, damaged or of another shape, or an export that failed its trial,
+130 stopped by Ctrl+C.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from pretrain.export import export
 from pretrain.hf_config import DTYPES
 from pretrain.pretrained import CACHE_DIR, open_checkpoint
 
+EXIT_INTERRUPTED = 130  # as a shell counts a program that ended by SIGINT
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
@@ -39,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainerError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl+C", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

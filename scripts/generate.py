@@ -23,18 +23,18 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 
+from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.errors import EXIT_DONE, ConfigError, TrainerError
 from pretrain.generation import Sampling, end_of_text, prompt_ids
+from pretrain.hardware import choose_device
 from pretrain.pretrained import load_pretrained
 from pretrain.tokenizers import load_tokenizer
 from pretrain.writer import Sample, Writer
 
 EXIT_INTERRUPTED = 130  # as a shell counts a program that ended by SIGINT
 DEFAULT_NEW_TOKENS = 256
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USER, ASSISTANT = "User:", "Assistant:"
 HELP = "/reset forgets what was said, /quit or Ctrl+D ends the chat"
 
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument("--eot_id", type=int, metavar="ID", help="token that ends a text (the tokenizer's end of text)")
     add("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json, where none lies beside the weights")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
+    add("--dtype", choices=("auto", *PRECISION_DTYPES), default="auto", help="auto: bf16 on a GPU, fp32 on a CPU")
     add("--stream", action=argparse.BooleanOptionalAction, default=True, help="show text as it is drawn")
     add("--json", action="store_true", help="print one JSON object to stdout instead of the texts")
     return parser.parse_args(argv)
@@ -104,8 +104,6 @@ def check(options: argparse.Namespace) -> None:
         problems.append(
             "--chat asks for its own prompts: leave out --prompt, --prompt_file, --tokens, --n_samples, --json"
         )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda, and torch sees no GPU here: take --device cpu")
     if problems:
         raise ConfigError(problems)
 
@@ -119,9 +117,8 @@ def open_writer(options: argparse.Namespace) -> Writer:
     Raises:
         TrainerError: as `load_pretrained`; ConfigError where the tokenizer is missing or another model's.
     """
-    device = torch.device("cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = DTYPES.get(options.dtype, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    pretrained = load_pretrained(options.checkpoint, device=device, dtype=dtype)
+    device, dtype = choose_device(options.device, options.dtype)
+    pretrained = load_pretrained(options.checkpoint, device=device, dtype=PRECISION_DTYPES[dtype])
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else pretrained.tokenizer
     if tokenizer is None and (
         options.stop or options.chat or not options.tokens or options.prompt or options.prompt_file
@@ -133,10 +130,15 @@ def open_writer(options: argparse.Namespace) -> Writer:
         found = f"the tokenizer has {tokenizer.get_vocab_size()} ids and the model {vocab_size}"
         raise ConfigError(found, "Give the tokenizer that the model was trained with: --tokenizer PATH.")
     eot_id = options.eot_id if options.eot_id is not None or tokenizer is None else end_of_text(tokenizer)
+    if eot_id is not None and not 0 <= eot_id < vocab_size:
+        raise ConfigError(
+            f"token id {eot_id} can't end a text: it is outside the model's vocabulary of {vocab_size}",
+            "Give another --eot_id, or leave it out.",
+        )
     stop_ids = () if eot_id is None else (eot_id,)
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed, stop_ids=stop_ids)
     parameters = pretrained.config.n_parameters
-    say(f"{pretrained.name}: {parameters:,} parameters, {str(dtype).removeprefix('torch.')} on {device}")
+    say(f"{pretrained.name}: {parameters:,} parameters, {dtype} on {device}")
     return Writer(pretrained, tokenizer, sampling, options.stop)
 
 
@@ -253,6 +255,7 @@ class Chat:
 
     def __init__(self, writer: Writer, options: argparse.Namespace) -> None:
         self._writer = dataclasses.replace(writer, stops=[f"\n{USER}", *writer.stops])
+        self._live = options.stream
         self._new = options.max_new_tokens or min(DEFAULT_NEW_TOKENS, max(1, writer.context // 2))
         self._turns: list[tuple[str, str]] = []
         self._n_answers = 0
@@ -289,12 +292,12 @@ class Chat:
         sampling = dataclasses.replace(self._writer.sampling, max_new_tokens=self._new, seed=seed)
         put(ASSISTANT)
         try:
-            finished = self._writer.write([sample], sampling, lambda row, piece: put(piece))
+            finished = self._writer.write([sample], sampling, lambda row, piece: put(piece if self._live else ""))
         except ConfigError as error:  # too long a line is no reason to leave
             put("\n")
             say(error.line())
             return
-        put("\n")
+        put("\n" if self._live else f"{sample.text}\n")
         if not finished:
             say("(stopped)")
         self._turns.append((line, sample.text.strip()))

@@ -173,7 +173,8 @@ def show_step(
 ) -> int:
     """Shards, windows and documents of one step; the exit code."""
     config = subject.config
-    shards = fetch_shards(store, config.data, vocab_size=config.model.vocab_size)
+    may_be_larger = bool(config.model.init_from)
+    shards = fetch_shards(store, config.data, vocab_size=config.model.vocab_size, may_be_larger=may_be_larger)
     for name in shards.skipped:
         console.print(f"left out, as data.on_bad_shard says: {name}")
     batches = Batches(

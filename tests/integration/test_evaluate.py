@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pretrain.checkpoint_manifest import Manifest
 from pretrain.tokenizers import encode, load_tokenizer, save_tokenizer, train_bpe
 from scripts import evaluate
+from tests.helpers_training import upload_checkpoint
 from tests.runs import ROOT, RUN, SEQ_LEN, VOCAB_SIZE, metrics, plain_environment, store_of, train
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # grüße 🙂\n" for i in range(120)]
@@ -36,8 +40,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _in_the_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_the_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.chdir(place)
+    yield
+    package = logging.getLogger("pretrain")  # the script sets it up for the process that it usually is
+    package.handlers, package.propagate = [], True
 
 
 def told(*options: str, capsys: pytest.CaptureFixture[str]) -> dict:
@@ -68,12 +75,24 @@ def test_the_loss_on_shards_is_that_of_trainings_own_validation(place):
 def test_shards_in_a_bucket_and_raw_text_side_by_side(place, bucket_url, capsys):
     for path in (place / "val").iterdir():
         store_of(bucket_url).upload(path, f"val/{path.name}")
+    (checkpoint,) = (place / "checkpoints" / RUN).glob("checkpoint-*")
+    manifest = Manifest.from_bytes((checkpoint / "manifest.json").read_bytes(), "test")
+    upload_checkpoint(store_of(bucket_url), RUN, checkpoint.parent, manifest)
     words = ("--data", f"{bucket_url}/val", "--text", "val.jsonl", "--text_key", "body", "--cache_dir", "cache2")
-    shards, text = told(f"checkpoints/{RUN}", *words, capsys=capsys)["evaluations"]
+    shards, text = told(f"{bucket_url}/{RUN}", *words, capsys=capsys)["evaluations"]  # fetched, and no word of it
     assert text["tokens"] == n_tokens() == shards["tokens"] + 1  # text has an end of text before it
     assert text["bytes"] == len("".join(TEXTS[100:]).encode()) == shards["bytes"] + 1
     assert text["loss"] == pytest.approx(shards["loss"], rel=0.02)
     assert 0 < text["bits_per_byte"] < 8
+
+
+def test_ctrl_c_shows_no_traceback(monkeypatch, capsys):
+    def interrupted(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "score_of", interrupted)
+    assert evaluate.main([f"checkpoints/{RUN}", "--data", "val"]) == 130
+    assert capsys.readouterr().err.endswith("stopped by Ctrl+C\n")
 
 
 def test_a_table_for_people(capsys):
@@ -90,9 +109,11 @@ def test_a_table_for_people(capsys):
         (["--data", "val", "--stride", "33"], 2, r"--stride 33 must be in \[1, 32\]"),
         (["--data", "val", "--batch_size", "0"], 2, "--batch_size 0 must be at least 1"),
         (["--data", "val", "--limit", "3", "--num_fewshot", "1"], 2, "--limit and --num_fewshot mean nothing"),
+        (["--data", "val", "--text_key", "body"], 2, "--text_key mean nothing without --text"),
+        (["--text", "val.jsonl", "--max_files", "1", "--pattern", "a*"], 2, "--pattern and --max_files mean nothing"),
         (["--data", "val", "--tasks", "x", "--task_path", "none"], 2, "--task_path none is no folder"),
         (["--data", "none"], 3, "no shards under"),
-        (["--data", "other"], 3, "vocab_size 999, the model has 257"),
+        (["--data", "other"], 3, r"vocab_size 999 .*model\.vocab_size 257\. Evaluate on shards of"),
         (["--data", "single"], 3, "found 1 tokens, expected at least 2"),
         (["--text", "empty.txt"], 3, "empty.txt: found no text"),
         (["--text", "latin1.txt"], 3, "latin1.txt is not UTF-8"),

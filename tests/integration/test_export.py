@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from model import GPT
 from pretrain import export as export_module
@@ -123,6 +124,17 @@ def test_an_export_loads_with_the_auto_classes_and_comes_back_bit_for_bit(family
         assert name == other_name and torch.equal(one, other), name
 
 
+def test_the_end_of_text_of_another_vocabulary_is_exported_and_its_cuts_and_pads_are_not_obeyed(tokenizer):
+    spelled = Tokenizer.from_str(tokenizer.to_str().replace(END_OF_TEXT, "</s>"))  # as Llama's is
+    spelled.enable_truncation(4)
+    spelled.enable_padding(length=60)
+    assert run(commit("llama", tokenizer=spelled), "out") == 0
+    model = transformers.AutoModelForCausalLM.from_pretrained("out")
+    end = spelled.token_to_id("</s>")
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (end, end)
+    assert transformers.AutoTokenizer.from_pretrained("out").eos_token == "</s>"
+
+
 @pytest.mark.parametrize(("dtype", "torch_dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_an_export_in_half_precision_holds_rounded_weights(dtype, torch_dtype):
     checkpoint = commit("qwen3")
@@ -207,6 +219,16 @@ def test_nothing_is_left_where_writing_fails(monkeypatch, capsys):
     assert run(checkpoint, "out") == 4
     assert "disk is full" in capsys.readouterr().err
     assert sorted(path.name for path in Path().iterdir()) == ["checkpoints"]
+
+
+def test_ctrl_c_leaves_nothing_and_shows_no_traceback(monkeypatch, capsys):
+    def interrupted(*given):
+        raise KeyboardInterrupt
+
+    checkpoint = commit()
+    monkeypatch.setattr(export_module, "_try_out", interrupted)
+    assert run(checkpoint, "out") == 130 and "stopped by Ctrl+C" in capsys.readouterr().err
+    assert [path.name for path in Path().iterdir()] == ["checkpoints"]
 
 
 def test_a_folder_with_something_in_it_is_left_alone(capsys):
@@ -343,8 +365,11 @@ def test_weights_of_another_shape_are_named(capsys):
     section = {**SMALL, "family": "llama", "d_ff": 99, "vocab_size": 500}
     assert run(commit("llama", model_section=section), "out") == 5
     error = capsys.readouterr().err
-    assert "blocks.0.mlp.gate.weight is (256, 32) in the checkpoint and (99, 32) in the model" in error
-    assert "tok_emb.weight" in error or "more" in error
+    for part in ("gate", "up"):
+        assert f"blocks.0-1.mlp.{part}.weight is (256, 32) in the checkpoint and (99, 32) in the model" in error
+    assert "blocks.0-1.mlp.down.weight is (32, 256) in the checkpoint and (32, 99) in the model" in error
+    for name in ("tok_emb", "head"):
+        assert f"{name}.weight is (384, 32) in the checkpoint and (512, 32) in the model" in error
 
 
 def test_a_model_without_a_class_says_which_option_is_in_the_way(capsys):
@@ -367,6 +392,8 @@ def test_a_run_of_the_trainer_is_exported_and_trained_further(tmp_path):
     assert "done: out is a LlamaForCausalLM" in done.stderr
     assert type(transformers.AutoModelForCausalLM.from_pretrained("out")).__name__ == "LlamaForCausalLM"
 
+    manifest = {"tokenizer": "x", "vocab_size": 257 - 7, "eot_id": 0, "shards": []}  # the model has a few rows more
+    (tmp_path / "shards" / "manifest.json").write_text(json.dumps(manifest))
     further = train(tmp_path, "--run", "further", "--model.init_from", "out", "--max-steps", "1", "--lr", "1e-12")
     assert further.code == 0, further.output
     before = open_checkpoint(f"checkpoints/{RUN}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -88,7 +89,7 @@ def test_text_is_what_the_model_continues_the_prompt_with(run, capsys):
         out, err = capsys.readouterr()
         texts = [f"--- {i} of 2 ---\n{each['prompt']}{each['text']}\n" for i, each in enumerate(samples, 1)]
         assert out == "".join(texts)
-        assert "tokens/s" in err and "float32 on cpu" in err
+        assert "tokens/s" in err and "fp32 on cpu" in err
 
 
 def test_texts_end_where_they_are_told_to(run, capsys):
@@ -141,6 +142,8 @@ def test_a_checkpoint_without_tokenizer_takes_ids_or_a_tokenizer(run, capsys, tm
         (["--max_new_tokens", "48"], 2, "1 more than the model's context of 48: ask for at most 47"),
         (["--tokens", "1,x"], 2, "--tokens '1,x' are no token ids"),
         (["--tokens", "999"], 2, "token id 999, outside the model's vocabulary of 300"),
+        (["--eot_id", "300"], 2, "token id 300 can't end a text"),
+        (["--eot_id", "-1"], 2, "token id -1 can't end a text"),
         (["--top_p", "0", "--n_samples", "0", "--max_new_tokens", "0"], 2, "3 problems"),
         (["--chat", "--json"], 2, "--chat asks for its own prompts"),
         (["--prompt_file", "missing.txt"], 2, "--prompt_file missing.txt can't be read"),
@@ -269,6 +272,18 @@ def test_a_chat_remembers_forgets_and_ends(run, talk):
     chat.type("\x04")  # Ctrl+D
     chat.until("tokens/s")
     assert chat.process.wait(PATIENCE_S) == 0
+
+
+def test_a_chat_shows_whole_answers_where_streaming_is_off(run, monkeypatch, capsys):
+    answers = []
+    for stream in ("--stream", "--no-stream"):
+        lines, shown = iter(["hi", "/quit"]), []
+        monkeypatch.setattr("builtins.input", functools.partial(next, lines))
+        monkeypatch.setattr("scripts.generate.put", shown.append)
+        assert main([str(run[0]), "--chat", "--max_new_tokens", "8", stream]) == 0
+        answers.append([piece for piece in shown if piece])
+    live, whole = answers
+    assert "".join(live) == "".join(whole) and len(live) > len(whole) == 2
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path, talk):

@@ -19,7 +19,7 @@ SOURCES = [*LIBRARY, *SCRIPTS, ROOT / "model.py", ROOT / "train.py"]
 # From raw text to shards: of the area "data".
 PREPARATION = set(
     "raw_files decompression tables documents encoders parts shard_files shard_writer encoding_pool preparation recipes"
-    " tokenizer_choice".split()
+    " tokenizer_choice work_folder".split()
 )
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {

@@ -71,6 +71,7 @@ def test_an_attempt_that_could_lie_outside_the_folder_is_refused(attempt):
         {"files": {"a": {"bytes": 1}}},
         {"files": {"a": {"bytes": "many", "crc32c": "A"}}},
         {"files": {"a": 3}},
+        {"files": {"a": {"bytes": -1, "crc32c": "A"}}},
     ],
 )
 def test_a_field_of_another_kind_is_refused(fields):

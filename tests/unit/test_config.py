@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from pretrain.config import BatchConfig, Config, DataConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig, TrainConfig
 from pretrain.config_checks import validate
 from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig
 
@@ -62,7 +62,8 @@ def test_resolving_twice_changes_nothing():
         ({"family": "neox", "rotary_pct": 0.03}, "rotates 1 numbers"),
         ({"rotary_pct": 0.25}, "means nothing with learned positions"),
         ({"family": "llama", "rotary_pct": 1.5}, "must be in (0, 1]"),
-        ({"rope_theta": 0.5}, "rope_theta 0.5 must be above 1"),
+        ({"rope_theta": 5e5}, "rope_theta 500000.0 means nothing with learned positions"),
+        ({"family": "llama", "rope_theta": 0.5}, "rope_theta 0.5 must be above 1"),
         ({"loss_chunks": 0}, "loss_chunks 0 must be at least 1"),
         ({"norm_eps": -1.0}, "norm_eps -1.0 must not be negative"),
     ],
@@ -120,6 +121,14 @@ def test_every_problem_is_reported_at_once():
     expected = ["n_head 7", "× 3 ranks", "data.source is empty", "optim.lr", "optim.betas", "run.name"]
     assert len(problems) == len(expected)
     assert all(any(word in problem for problem in problems) for word in expected)
+
+
+@pytest.mark.parametrize("url", ["here", "./here/", "elsewhere/../here", "file://here"])
+def test_a_bucket_that_is_the_local_folder_is_refused(url):
+    [problem] = validate(make(checkpoint=CheckpointConfig(dir="here", url=url)), world_size=8)
+    assert problem.startswith(f"checkpoint.url {url} is checkpoint.dir")
+    for other in ("", "gs://here", "here/bucket", "there"):
+        assert validate(make(checkpoint=CheckpointConfig(dir="here", url=other)), world_size=8) == []
 
 
 def test_an_impossible_batch_names_the_micro_batches_that_fit():

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from pretrain.batches import Batches, Position
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.config import TrainConfig
 from pretrain.discovery import Inventory
-from pretrain.divergence import Observation, PassedOver, Watch, spread
+from pretrain.divergence import Observation, PassedOver, Trouble, Watch, spread
 from pretrain.engine.base import watched
-from pretrain.rollback import good_names
+from pretrain.errors import ConfigError, StorageError
+from pretrain.rollback import good_names, roll_back
 from pretrain.uploads import BucketManifest
 
 SPIKES = TrainConfig(spike_threshold=8.0, spike_window=8)
@@ -226,6 +228,29 @@ def test_a_finite_loss_is_left_as_it_is_to_the_last_bit():
     assert torch.equal(watched(loss), loss)
     watched(loss).backward()
     assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize("count", ["0", "5-3", "0-2"])
+def test_a_failpoint_that_can_never_come_is_refused(monkeypatch, count):
+    monkeypatch.setenv(failpoints.VARIABLE, f"loss.poison:{count}:poison")
+    with pytest.raises(ConfigError, match="never reached"):
+        failpoints.arm(0)
+
+
+@pytest.mark.parametrize(("timeout_s", "waits_s"), [(600.0, 150.0), (0.0, None)])
+def test_a_roll_back_waits_for_uploads_for_less_than_the_watchdog_does(timeout_s, waits_s):
+    class Keeper:
+        def wait(self, limit_s):
+            self.waited_s = limit_s
+
+        def check(self):
+            raise StorageError("enough")
+
+    train = TrainConfig(hang_timeout_s=timeout_s)
+    run = SimpleNamespace(keeper=Keeper(), config=SimpleNamespace(train=train), record_events=lambda: None)
+    with pytest.raises(StorageError, match="enough"):
+        roll_back(run, Trouble(9, 9, "a spike", 9.0, {}))
+    assert run.keeper.waited_s == waits_s
 
 
 def test_a_failpoint_poisons_a_range_of_losses_on_one_rank(monkeypatch):

@@ -288,6 +288,15 @@ def test_no_such_file_and_another_tokenizer(tokenizer, tmp_path):
         text_source([tmp_path], tokenizer, 260)
 
 
+def test_what_a_tokenizer_says_of_lengths_is_not_obeyed(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(TEXTS[0].encode())
+    expected = tokens_of(text_source([tmp_path], tokenizer, VOCAB)).tolist()
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(2)
+    cutting.enable_padding(length=50)
+    assert tokens_of(text_source([tmp_path], cutting, VOCAB)).tolist() == expected
+
+
 def test_a_tokenizer_with_another_end_of_text_or_none(tmp_path):
     (tmp_path / "a.txt").write_text("a b")
     words = {"a": 0, "b": 1, "</s>": 2}
@@ -340,8 +349,11 @@ def test_without_any_tokenizer_there_are_no_bits_per_byte_and_it_is_said(tokeniz
 
 
 def test_shards_of_another_vocabulary_or_tokenizer_are_refused(tokenizer, tmp_path):
-    with pytest.raises(ShardError, match="vocab_size 300, the model has 512"):
+    with pytest.raises(ShardError, match=r"vocab_size 300 .*the model has model\.vocab_size 512"):
         shard_source(make_shards(tmp_path / "a", tokenizer), 512, None)
+    assert shard_source(make_shards(tmp_path / "rows", tokenizer), 512, None, may_be_larger=True).stream.n_tokens > 2
+    with pytest.raises(ShardError, match=r"vocab_size 300 .*the model has model\.vocab_size 299"):
+        shard_source(make_shards(tmp_path / "less", tokenizer), 299, None, may_be_larger=True)
     other = train_bpe(["quite another text, with other pairs. " * 9, *TEXTS], VOCAB)
     with pytest.raises(ShardError, match="other tokens than the model's"):
         shard_source(make_shards(tmp_path / "b", tokenizer), VOCAB, other)

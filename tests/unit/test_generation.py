@@ -370,6 +370,10 @@ def test_a_prompt_is_encoded_as_training_data_is_and_an_empty_one_begins_after_a
     assert prompt_ids(tokenizer, "") == [eot_id]
     assert eot_id not in prompt_ids(tokenizer, END_OF_TEXT)
     assert tokenizer.decode(prompt_ids(tokenizer, "grüße")) == "grüße"
+    cutting = Tokenizer.from_str(tokenizer.to_str())
+    cutting.enable_truncation(2)
+    cutting.enable_padding(length=50)
+    assert prompt_ids(cutting, "one two three four") == prompt_ids(tokenizer, "one two three four")
     without = Tokenizer(models.BPE())
     assert end_of_text(without) is None
     with pytest.raises(ConfigError, match="no end of text"):

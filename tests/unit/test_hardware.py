@@ -44,6 +44,16 @@ def test_without_a_gpu_every_rank_is_on_the_cpu(monkeypatch) -> None:
     assert hardware.resolve_device(3) == CPU
 
 
+def test_a_script_takes_the_gpu_in_bf16_or_the_cpu_in_fp32_unless_told(gpus, monkeypatch) -> None:
+    cuda = torch.device("cuda")
+    assert hardware.choose_device("auto", "auto") == hardware.choose_device("cuda", "bf16") == (cuda, "bf16")
+    assert hardware.choose_device("cpu", "auto") == (CPU, "fp32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert hardware.choose_device("auto", "fp16") == (CPU, "fp16")
+    with pytest.raises(ConfigError, match=r"torch sees no GPU here\. Take --device cpu"):
+        hardware.choose_device("cuda", "auto")
+
+
 def test_a_cpu_refuses_fp16_and_names_what_it_can() -> None:
     hardware.check_precision(CPU, "fp32")
     hardware.check_precision(CPU, "bf16")

@@ -257,6 +257,58 @@ def test_damaged_leftovers_are_not_uploaded(runs):
     assert runs.bucket_steps() == []
 
 
+def test_a_complete_run_is_not_done_while_its_last_checkpoint_is_here_only_however_often_it_is_started(runs):
+    def away(method, name):
+        if method == "upload":
+            raise StorageError("503 for too long")
+
+    runs.store.before = away
+    first = runs.start()
+    save(first, 5)
+    first.close()
+    with pytest.raises(StorageError, match="step5-files5 did not reach"):
+        first.check_last_commit()
+    for is_away in (True, False):
+        runs.store.before = away if is_away else lambda method, name: None
+        again = runs.start(resume="auto")
+        assert again.resume().manifest.name.step == 5
+        again.upload_leftovers()
+        again.close()
+        if is_away:
+            with pytest.raises(StorageError, match="step5-files5 did not reach"):
+                again.check_last_commit()
+        else:
+            again.check_last_commit()
+
+
+def test_archives_that_a_kill_left_half_made_do_not_pile_up(runs):
+    def leave_a_copy(method, name):
+        if name.endswith(".tar"):
+            [part] = runs.folder.glob(".*.part")
+            shutil.copy(part, part.with_stem(f"{part.stem}0"))
+
+    runs.store.before = leave_a_copy
+    first = runs.start(archive="tar")
+    save(first, 5)
+    first.close()
+    assert len(list(runs.folder.glob(".*.part"))) == 1
+    runs.start(resume="auto").close()
+    assert not list(runs.folder.glob(".*.part")) and runs.local_steps() == runs.bucket_steps() == [5]
+
+
+def test_without_a_bucket_a_second_trainer_on_the_same_disk_is_refused(runs):
+    first = runs.start(url="")
+    with pytest.raises(CheckpointError, match="in use by another trainer") as caught:
+        runs.start(url="", resume="auto")
+    assert caught.value.shared
+    save(first, 5)
+    first.close()
+    first.check()
+    second = runs.start(url="", resume="auto")
+    assert second.resume().manifest.name.step == 5
+    second.close()
+
+
 def test_what_waited_for_the_bucket_is_committed_in_order_with_the_next_save(runs):
     outage = ["upload"]
 
@@ -557,6 +609,38 @@ TWO_RANKS = """
         result["error"] = [error.what, error.shared]
     print(json.dumps(result))
 """
+
+
+UNEXPECTED = """
+    from pathlib import Path
+    import pretrain.local_writer
+    from pretrain.checkpoint_manifest import CheckpointName
+    from pretrain.config import CheckpointConfig, StorageConfig
+    from pretrain.keeper import Keeper
+    from tests.helpers_training import states_of
+
+    class Engine:
+        def parameter_states(self):
+            return iter(states_of(5))
+
+    def broken(*arguments):
+        raise RuntimeError("of rank 1")
+
+    if me.rank == 1:
+        pretrain.local_writer.write_parts = broken
+    kept = Keeper(CheckpointConfig(dir=sys.argv[1], url=sys.argv[2]), StorageConfig(), "run", me)
+    kept.save(CheckpointName(0, 5, 5), Engine(), {})
+    kept.close()
+    try:
+        kept.check()
+    except Exception as error:
+        print(json.dumps([type(error).__name__, str(error)]))
+"""
+
+
+def test_an_unexpected_error_on_one_rank_leaves_no_other_waiting_at_the_end(tmp_path):
+    told = run_two_ranks(UNEXPECTED, arguments=(str(tmp_path / "local"), str(tmp_path / "bucket")))
+    assert told == [["StorageError", "rank 1: RuntimeError: of rank 1"], ["RuntimeError", "of rank 1"]]
 
 
 def test_two_ranks_write_one_checkpoint_and_fail_together(tmp_path):

@@ -136,6 +136,12 @@ def test_an_explained_error_wins_over_a_crash_in_the_same_second():
     assert launch._exit_code(failures, []) == 3
 
 
+def test_a_rank_that_has_saved_and_stopped_wins_over_the_ones_that_the_agent_ended_then():
+    failures = {0: _failure(128 + signal.SIGTERM), 1: _failure(75)}
+    assert launch._exit_code(failures, []) == 75
+    assert launch._exit_code({**failures, 2: _failure(4)}, []) == 4
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2(run, capsys, caplog):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -26,6 +26,16 @@ def test_trainers_share_a_run_and_keep_tools_out_until_the_last_one_lets_go(tmp_
         pass
 
 
+def test_one_trainer_keeps_others_off_where_it_asks_for_that(tmp_path):
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    first.keep_trainers_out()
+    with pytest.raises(CheckpointError, match=f"{tmp_path} is in use by another trainer"):
+        second.keep_trainers_out()
+    first.release()
+    second.keep_trainers_out()
+    second.release()
+
+
 def test_a_tool_keeps_trainers_and_other_tools_out_while_it_works(tmp_path):
     with sole_use(tmp_path / "new"):
         with pytest.raises(CheckpointError, match="in use by a tool"):
