@@ -24,12 +24,11 @@ from model import GPT
 from pretrain.errors import ConfigError, DivergenceError
 from pretrain.kv_cache import KVCache
 from pretrain.model_config import ModelConfig
-from pretrain.tokenizers import END_OF_TEXT
+from pretrain.tokenizers import END_OF_TEXT_NAMES
 
 PREFILL_TOKENS = 512  # of a prompt in one forward pass: the logits of a whole long one would be the largest tensor
 LOWEST_TEMPERATURE = 1e-3  # below it logits overflow; nothing but the best token is left long before
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 50  # of the samples during training: readable, and still of the model's mind
-END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # of ours, GPT-2, NeoX; Llama 3; Llama; Gemma
 
 # (row, token, whether it ends the row) to whether the row shall end with it in any case
 OnToken = Callable[[int, int, bool], bool]

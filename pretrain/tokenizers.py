@@ -15,6 +15,7 @@ from pretrain.errors import ConfigError, ShardError
 from pretrain.files import new_file
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")  # of ours, GPT-2, NeoX; Llama 3; Llama; Gemma
 UNKNOWN = "[UNK]"  # WordPiece has no bytes to fall back on
 SMALLEST_VOCAB = 256 + 1  # every byte, so that any text can be encoded, and the end of text
 BATCH_DOCUMENTS = 64

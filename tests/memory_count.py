@@ -64,9 +64,12 @@ def _as_on_a_gpu() -> Iterator[None]:
         return FusedRMSNorm.apply(x, weight, eps)
 
     fused = {"sdpa": lambda q, k, v, dropout: sdpa_attention(q, k, v, 0.0)}
-    with mock.patch.dict(KERNELS, fused), mock.patch("torch.nn.functional.dropout", dropout):
-        with mock.patch("torch.nn.functional.rms_norm", rms_norm):
-            yield
+    with (
+        mock.patch.dict(KERNELS, fused),
+        mock.patch("torch.nn.functional.dropout", dropout),
+        mock.patch("torch.nn.functional.rms_norm", rms_norm),
+    ):
+        yield
 
 
 class FusedRMSNorm(torch.autograd.Function):

@@ -84,8 +84,16 @@ class FlatStates:
     def read(self, parameter: Tensor) -> ParameterState:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if torch.distributed.get_world_size() == 1:  # its share is the whole: no buffer to gather in, no reduction
+            return {key: self._own(parameter, key) for key in ("weight", *ADAM_MOMENTS)}
         moments = {moment: safe_get_full_optimizer_state(parameter, moment) for moment in ADAM_MOMENTS}
         return {"weight": safe_get_full_fp32_param(parameter), **moments}
+
+    @staticmethod
+    def _own(parameter: Any, key: str) -> Tensor:
+        """A view of one tensor of the flat share."""
+        fragment: Tensor = parameter._hp_mapping.get_hp_fragment(None if key == "weight" else key)
+        return fragment.view_as(parameter)
 
     def write(self, parameter: Tensor, whole: ParameterState) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state

@@ -110,10 +110,15 @@ class Score:
 
 
 def repeated(few: int, of_20: int) -> pytest.MarkDecorator:
-    """Give the test `times`: `few` in the ordinary suite, and in the long one `of_20` for every 20 of CHAOS_N."""
+    """Give the test `times`: `few` in the ordinary suite, and in the long one `of_20` for every 20 of CHAOS_N.
+
+    Args:
+        few: 0 where another test does it in the ordinary suite.
+    """
     many = max(1, round(of_20 * REPETITIONS / 20))
     patient = [pytest.mark.slow, pytest.mark.timeout(300 + 120 * many)]
-    return pytest.mark.parametrize("times", [pytest.param(few, id="few"), pytest.param(many, id="many", marks=patient)])
+    ordinary = [pytest.param(few, id="few")] if few else []
+    return pytest.mark.parametrize("times", [*ordinary, pytest.param(many, id="many", marks=patient)])
 
 
 def dice(*what: object) -> random.Random:

@@ -41,7 +41,9 @@ def check_full(chain: Chain, disk: Path) -> None:
 
 @pytest.mark.chaos(14)
 @pytest.mark.parametrize(
-    "with_bucket", [pytest.param(False, id="local"), pytest.param(True, id="bucket", marks=pytest.mark.slow)]
+    "with_bucket",
+    # test_faults.py fills one in the ordinary suite
+    [pytest.param(False, id="local", marks=pytest.mark.slow), pytest.param(True, id="bucket", marks=pytest.mark.slow)],
 )
 def test_a_disk_full_of_checkpoints_stops_the_run_and_loses_none(
     folder, small_disk, bucket_url, baseline, score: Score, with_bucket

@@ -201,7 +201,7 @@ def stopped_chain(folder: Path, alone: Baseline, score: Score, times: int, url: 
 
 
 @pytest.mark.chaos(7)
-@repeated(few=1, of_20=10)
+@repeated(few=0, of_20=10)  # test_resume.py sends one in the ordinary suite
 def test_a_run_stopped_by_sigterm_at_random_is_resumable(tmp_path, bucket_url, baseline, score, times):
     alone = baseline(*OPTIONS)
     shares = [share for share in (times // 2, times - times // 2) if share]

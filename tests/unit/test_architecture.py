@@ -17,10 +17,21 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 SOURCES = [*LIBRARY, *SCRIPTS, ROOT / "model.py", ROOT / "train.py"]
 
 # From raw text to shards: of the area "data".
-PREPARATION = set(
-    "raw_files decompression tables documents encoders parts shard_files shard_writer encoding_pool preparation recipes"
-    " tokenizer_choice work_folder".split()
-)
+PREPARATION = {
+    "raw_files",
+    "decompression",
+    "tables",
+    "documents",
+    "encoders",
+    "tokenizer_choice",
+    "parts",
+    "encoding_pool",
+    "shard_files",
+    "shard_writer",
+    "recipes",
+    "work_folder",
+    "preparation",
+}
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
