@@ -15,7 +15,6 @@ Exit codes: 0 done, 2 wrong settings, 3 a broken tokenizer, 4 storage, 5 no such
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -281,8 +280,10 @@ class Chat:
             elif line.startswith("/"):
                 say(HELP)
             elif line:
-                with contextlib.suppress(KeyboardInterrupt):  # between the answer and the next question
+                try:
                     self._answer(line)
+                except KeyboardInterrupt:  # before its first word or behind its last one
+                    say("\n(stopped)")
 
     def _answer(self, line: str) -> None:
         ids = self._trimmed(line)

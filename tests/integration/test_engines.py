@@ -105,6 +105,7 @@ def assert_same(found: list[list[float]], expected: list[list[float]], tolerance
         assert pair == pytest.approx(other, rel=tolerance), f"{what}, step {step}"
 
 
+@pytest.mark.slow  # fifty steps by nine engines
 def test_engines_take_the_same_run(tmp_path):
     expected = plain_torch(tmp_path, STEPS)
     assert sum(norm > OPTIM.clip for _, norm in expected) > STEPS / 2  # so clipping is at work

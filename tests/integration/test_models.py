@@ -38,7 +38,12 @@ def add_tokenizer(shards: Path) -> None:
     save_tokenizer(train_bpe(documents, VOCAB_SIZE), shards / "tokenizer.json")
 
 
-@pytest.mark.parametrize("family", TRAINED)
+ORDINARY = ("llama", "qwen3")  # the others take as long and go the same way; -m slow runs them
+
+
+@pytest.mark.parametrize(
+    "family", [family if family in ORDINARY else pytest.param(family, marks=pytest.mark.slow) for family in TRAINED]
+)
 def test_a_family_trains_and_resumes_to_the_last_bit(tmp_path, family):
     make_shards(tmp_path / "shards")
     options = ("--family", family, *SMALL, *TRAINED[family])
