@@ -27,7 +27,7 @@ from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
 from pretrain.failpoints import failpoint
-from pretrain.reports import explain, report
+from pretrain.reports import end_at_once, explain, report
 from pretrain.versions import check_versions
 
 if TYPE_CHECKING:
@@ -332,4 +332,7 @@ def close(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    if exit_code not in (EXIT_DONE, EXIT_STOPPED):
+        end_at_once(exit_code)
+    sys.exit(exit_code)

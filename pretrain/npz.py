@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import math
+import threading
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -27,6 +28,10 @@ MAX_MEMBER_BYTES = 8 * 2**30
 MAX_INFLATION = 256  # of the tokens; deflate could reach 1032. A mask of ones does, but its shape is the tokens' shape
 FREE_MEMBER_BYTES = 64 * 2**20  # below this no inflation is dangerous, and a small padded shard may inflate a lot
 REWRITE = "Write the shard again, or leave it out with --data.on_bad_shard skip"
+
+
+# numpy parses a header as Python, and CPython 3.11 mixes up the depths of two parsers in two threads (gh-106905)
+_PARSER = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> 
     if info.file_size > MAX_MEMBER_BYTES:
         raise _bad(name, f"{info.filename} of {info.file_size} declared bytes", f"at most {MAX_MEMBER_BYTES}")
     with archive.open(info) as file:
-        shape, dtype = _read_npy_header(file)
+        shape, _, dtype = _read_npy_header(file)
         header_bytes = file.tell()
     if any(axis < 0 for axis in shape) or dtype.hasobject:
         raise _bad(name, f"{info.filename} of shape {shape} and dtype {dtype}", "an array of integers")
@@ -130,24 +135,27 @@ def _read_header(archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str) -> 
     return _Member(info, shape, dtype)
 
 
-def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f".npy format version {version}, known are 1.0 and 2.0")
-    return tuple(int(axis) for axis in shape), dtype
+def _read_npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype); the file stands behind it."""
+    with _PARSER:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        elif version == (2, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_2_0(file)
+        else:
+            raise ValueError(f".npy format version {version}, known are 1.0 and 2.0")
+    return tuple(int(axis) for axis in shape), bool(fortran), dtype
 
 
 def _read_array(archive: zipfile.ZipFile, member: _Member) -> np.ndarray:
     """The data of one array; reading to the member's end makes zipfile compare its CRC."""
     with archive.open(member.info) as file:
-        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+        shape, fortran, dtype = _read_npy_header(file)
+        data = file.read(math.prod(shape) * dtype.itemsize)
         if file.read(1):
             raise ValueError(f"{member.info.filename} goes on after its array")
-    return array
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran else "C")
 
 
 # --- the dialects -----------------------------------------------------------------------------------------------------

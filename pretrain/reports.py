@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
 import traceback
+from typing import NoReturn
 
 from pretrain import log
 from pretrain.errors import ConfigError, TrainerError
@@ -65,3 +67,15 @@ def explain(error: RuntimeError) -> TrainerError | None:
         cause = text.partition(". ")[0]
         return PeerLost(f"another rank is gone or out of reach: {cause:.160}", "The rank that ended first says why.")
     return None
+
+
+def end_at_once(exit_code: int) -> NoReturn:
+    """End the process with this code, whatever its libraries' threads are doing.
+
+    A rank that ends by an error leaves process groups behind whose C++ threads may be alive: taken down by the
+    interpreter's own end they now and then abort the process, and the code that says what went wrong is lost.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

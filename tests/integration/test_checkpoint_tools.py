@@ -225,7 +225,7 @@ def test_the_place_comes_from_a_config_and_options_override_it(capsys, tmp_path)
         (["view", "nope"], 5, "no checkpoint nope"),
         (["list", "--run", "nope"], 5, "no checkpoint of run nope"),
         (["compare", "latest"], 2, "at least two"),
-        (["list", "--url", "ftp://x"], 2, "not supported"),
+        (["list", "--url", "quux://x"], 2, "not supported"),
         (["plot", "latest", "--save", "/nonexistent/x.png"], 4, "No such file"),
         (["list", "--config", "nope.yaml"], 2, "nope"),
     ],

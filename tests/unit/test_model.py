@@ -238,9 +238,9 @@ def test_what_is_recomputed_and_the_chunks_of_the_loss_change_neither_loss_nor_g
         losses.append(loss.item())
         found.append(gradients(model))
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
-    for name, gradient in found[0].items():
-        assert torch.equal(gradient, found[1][name]), name
-        torch.testing.assert_close(gradient, found[2][name], rtol=1e-5, atol=1e-7)
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
 def test_chunks_never_hold_the_full_logits() -> None:
