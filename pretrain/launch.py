@@ -174,9 +174,14 @@ def _quiet_agent() -> Iterator[None]:
 def _exit_code(failures: Mapping[int, ProcessFailure], received: list[int]) -> int:
     """The launcher's exit code for workers that failed; says on stderr what no worker can have said itself."""
     # Timestamps are whole seconds. In one second an error that explains itself wins over a rank that lost its peer, and
-    # so does one that has saved and stopped: the agent ends the others then, in whatever they are doing.
+    # so does one that has saved and stopped: the agent ends the others then, in whatever they are doing. A killed rank
+    # comes before the one that lost it.
     order = {**dict.fromkeys(ERROR_CODES, 0), EXIT_STOPPED: 1}
-    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, order.get(item[1].exitcode, 2)))
+
+    def precedence(failure: ProcessFailure) -> int:
+        return order.get(failure.exitcode, 2 if failure.exitcode < 0 else 3)
+
+    rank, failure = min(failures.items(), key=lambda item: (item[1].timestamp, precedence(item[1])))
     code = failure.exitcode
     if code in ERROR_CODES or code == EXIT_STOPPED:
         return code
