@@ -175,8 +175,8 @@ def _exit_code(failures: Mapping[int, ProcessFailure], received: list[int]) -> i
     """The launcher's exit code for workers that failed; says on stderr what no worker can have said itself."""
     # Timestamps are whole seconds. In one second an error that explains itself wins over a rank that lost its peer, and
     # so does one that has saved and stopped: the agent ends the others then, in whatever they are doing. A killed rank
-    # comes before the one that lost it.
-    order = {**dict.fromkeys(ERROR_CODES, 0), EXIT_STOPPED: 1}
+    # comes before the one that lost it, and that before those that the agent ended (by SIGTERM) because of it.
+    order = {**dict.fromkeys(ERROR_CODES, 0), EXIT_STOPPED: 1, -signal.SIGTERM: 4}
 
     def precedence(failure: ProcessFailure) -> int:
         return order.get(failure.exitcode, 2 if failure.exitcode < 0 else 3)

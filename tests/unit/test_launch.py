@@ -142,6 +142,11 @@ def test_a_rank_that_has_saved_and_stopped_wins_over_the_ones_that_the_agent_end
     assert launch._exit_code({**failures, 2: _failure(4)}, []) == 4
 
 
+@pytest.mark.parametrize(("codes", "expected"), [((-15, 1), 1), ((1, -9), 137), ((-15, -9), 137), ((-15, -15), 143)])
+def test_in_one_second_a_kill_comes_before_the_loss_of_a_peer_and_that_before_what_the_agent_ended(codes, expected):
+    assert launch._exit_code({rank: _failure(code) for rank, code in enumerate(codes)}, []) == expected
+
+
 def test_a_port_in_use_is_one_line_and_exit_code_2(run, capsys, caplog):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -239,8 +239,8 @@ def test_what_is_recomputed_and_the_chunks_of_the_loss_change_neither_loss_nor_g
         found.append(gradients(model))
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-6)
     for other in found[1:]:
-        for name, gradient in found[0].items():
-            torch.testing.assert_close(gradient, other[name], rtol=1e-5, atol=1e-7, msg=name)
+        for name, gradient in found[0].items():  # by norm: sums in another order leave little of what cancels out
+            assert (gradient - other[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_chunks_never_hold_the_full_logits() -> None:
