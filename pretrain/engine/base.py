@@ -62,6 +62,12 @@ class Engine(Protocol):
     forward_is_collective: bool
     """Whether a forward pass gathers weights from the other ranks, which must then take part in each one."""
 
+    states_stay: bool
+    """Whether `parameter_states` yields tensors of the engine's own, which only an update or `load` changes, and not
+    some that were gathered for the call."""
+    before_update: Callable[[], None]
+    """What the engine calls before it changes them; a keeper that is still copying puts its waiting here."""
+
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches of tokens, each int64 (micro_size, seq_len + 1)."""
 
@@ -76,6 +82,10 @@ class Engine(Protocol):
 
     def state(self) -> EngineState:
         """See EngineState."""
+
+
+def nothing() -> None:
+    """What waits for nobody: an engine's `before_update` to begin with."""
 
 
 def split_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

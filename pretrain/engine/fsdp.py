@@ -22,6 +22,7 @@ from pretrain.engine.base import (
     ParameterState,
     StepResult,
     evaluate,
+    nothing,
     split_targets,
     watched,
     zero_moments,
@@ -72,6 +73,7 @@ class FsdpEngine:
 
     name = "fsdp"
     forward_is_collective = True
+    states_stay = False
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class FsdpEngine:
         device: torch.device,
         ranks: Ranks,
     ) -> None:
+        self.before_update: Callable[[], None] = nothing
         self._module = model.to(device)
         self._sharded = shard(self._module, make_mesh(engine, device, ranks), precision)
         self._device = device
@@ -122,6 +125,7 @@ class FsdpEngine:
             factor /= self._loss_scale.scale
             if factor != 1.0:
                 torch._foreach_mul_([local(p.grad) for p in self._module.parameters() if p.grad is not None], factor)
+            self.before_update()
             self._adamw.step()
             self._optimizer_steps += 1
         if self._scales_loss:
@@ -142,6 +146,7 @@ class FsdpEngine:
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._sharded.reshard()
         self._optimizer_steps = state.optimizer_steps
         zero_moments(self._adamw, state.optimizer_steps)

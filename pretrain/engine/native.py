@@ -19,6 +19,7 @@ from pretrain.engine.base import (
     ParameterState,
     StepResult,
     evaluate,
+    nothing,
     split_targets,
     watched,
     zero_moments,
@@ -37,6 +38,7 @@ class NativeEngine:
     """
 
     forward_is_collective = False
+    states_stay = True
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class NativeEngine:
         self.name: str = (
             "native" if engine.name == "deepspeed" else engine.name
         )  # it stands in where DeepSpeed can't run
+        self.before_update: Callable[[], None] = nothing
         self._module = model.to(device)
         self._device = device
         self._clip = optim.clip
@@ -113,6 +116,7 @@ class NativeEngine:
             factor /= self._loss_scale.scale
             if factor != 1.0:
                 torch._foreach_mul_([m.grad for m in self._masters.values() if m.grad is not None], factor)
+            self.before_update()
             self._adamw.step()
             self._publish()
             self._optimizer_steps += 1
@@ -135,6 +139,7 @@ class NativeEngine:
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._optimizer_steps = state.optimizer_steps
         zero_moments(self._adamw, state.optimizer_steps)
         for name, master in self._masters.items():

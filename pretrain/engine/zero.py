@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pretrain import log
 from pretrain.config import OptimConfig
-from pretrain.engine.base import EngineState, ParameterState, StepResult, evaluate, split_targets, watched
+from pretrain.engine.base import EngineState, ParameterState, StepResult, evaluate, nothing, split_targets, watched
 from pretrain.engine.zero_states import states_of
 from pretrain.optim import LossScale, build_adamw, parameter_groups
 
@@ -76,6 +76,7 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, settings: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
         import deepspeed
 
+        self.before_update: Callable[[], None] = nothing
         backend = "nccl" if device.type == "cuda" else "gloo"
         model.to(device)
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -93,6 +94,7 @@ class ZeroEngine:
             )
         self._device = device
         self.forward_is_collective = self._stage == 3
+        self.states_stay = self._stage < 3 and (self._stage == 0 or torch.distributed.get_world_size() == 1)
         self._zero = self._engine.optimizer
         self._optimizer_steps = 0
         self._take_over_loss_scale()
@@ -129,8 +131,10 @@ class ZeroEngine:
             losses.append(loss.detach())
             # ZeRO-0 divides by the loss scale, and does not multiply by it
             self._engine.backward(loss * self._loss_scale.scale if self._stage == 0 else loss)
-            if number == len(micro_batches) and self._is_plain:
-                norm = self._clip_plain()
+            if number == len(micro_batches):
+                self.before_update()
+                if self._is_plain:
+                    norm = self._clip_plain()
             self._engine.step()  # DeepSpeed updates at the last micro-batch, and only counts before it
         if not self._is_plain:
             norm = self._norm()
@@ -170,6 +174,7 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._optimizer_steps = state.optimizer_steps
         self._states.begin(state.optimizer_steps)
         for name, parameter in self._engine.module.named_parameters():

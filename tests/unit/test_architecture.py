@@ -58,6 +58,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "local_writer",
             "run_lock",
             "shipping",
+            "snapshot",
             "upload_queue",
             "uploads",
         },
