@@ -6,6 +6,7 @@ that it never waits for a GPU stream, and as JSON bytes, so that nothing is ever
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -13,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -89,12 +90,28 @@ class Ranks:
                 message = {"kind": error.kind, "what": error.what, "mend": error.mend}
         answer = self.from_first(message)
         if "decision" not in answer:
-            kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
-            shared = kinds[answer["kind"]](answer["what"], answer["mend"])
-            shared.shared = True
-            raise shared
+            raise _shared_error(answer)
         decision: dict[str, Any] = answer["decision"]
         return decision
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A TrainerError that the block raises on one rank is raised on every rank. Every rank must enter it."""
+        message: dict[str, Any] = {}
+        try:
+            yield
+        except TrainerError as error:
+            message = {"kind": error.kind, "what": error.what, "mend": error.mend}
+        if failed := next((answer for answer in self.exchange(message) if answer), None):
+            raise _shared_error(failed)
+
+
+def _shared_error(message: Mapping[str, Any]) -> TrainerError:
+    """The error of another rank, by its kind, what and mend."""
+    kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
+    shared = kinds[message["kind"]](message["what"], message["mend"])
+    shared.shared = True
+    return shared
 
 
 def exchange(message: Mapping[str, Any], world_size: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:

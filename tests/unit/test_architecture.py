@@ -55,6 +55,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "resumption",
             "keeper",
             "leftovers",
+            "node_disks",
             "local_writer",
             "run_lock",
             "shipping",
