@@ -16,18 +16,17 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from pretrain.communication import BACKGROUND_TIMEOUT, collective_timeout, settle
 from pretrain.errors import ConfigError, TrainerError
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
-BACKGROUND_TIMEOUT = timedelta(hours=3)  # a slow upload is not a dead rank; the launcher ends what is dead
 
 
 @dataclass(frozen=True)
@@ -154,11 +153,12 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
         raise ConfigError(f"the environment has {there}, but not {', '.join(missing)}", mend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=timeout_minutes)
+    local_rank, local_world_size = local_ranks()
+    settle(several_nodes=int(environment["WORLD_SIZE"]) > local_world_size)
+    timeout = collective_timeout(timeout_minutes)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
     control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
-    local_rank, local_world_size = local_ranks()
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
 
 
