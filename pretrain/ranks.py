@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from pretrain.communication import BACKGROUND_TIMEOUT, collective_timeout, settle
 from pretrain.errors import ConfigError, TrainerError
@@ -156,10 +157,39 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
     local_rank, local_world_size = local_ranks()
     settle(several_nodes=int(environment["WORLD_SIZE"]) > local_world_size)
     timeout = collective_timeout(timeout_minutes)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    if device.type == "cuda":
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        check_own_gpu(store, rank, world_size, str(torch.cuda.get_device_properties(device).uuid))
+        place = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **place)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
     control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
+
+
+def check_own_gpu(store: Any, rank: int, world_size: int, gpu: str) -> None:
+    """Refuse a GPU that another rank has: NCCL would fail later and less clearly. Every rank must call it.
+
+    Args:
+        store: where the ranks meet.
+        gpu: the identity of this rank's GPU.
+
+    Raises:
+        ConfigError: naming the two ranks, on every rank.
+    """
+    store.set(f"gpu of {rank}", f"{socket.gethostname()} {gpu}")
+    places = store.multi_get([f"gpu of {other}" for other in range(world_size)])  # waits for all of them
+    owners: dict[str, int] = {}
+    for other, place in enumerate(each.decode() for each in places):
+        if place in owners:
+            host, _, number = place.partition(" ")
+            raise ConfigError(
+                f"ranks {owners[place]} and {other} are on one GPU ({number} of {host})",
+                "Start as many processes a node as it has GPUs, each with its own LOCAL_RANK, and let "
+                "CUDA_VISIBLE_DEVICES be the same for all of them.",
+            )
+        owners[place] = other
 
 
 def _end_with_torchrun() -> None:

@@ -81,8 +81,9 @@ class NodesRendezvous(RendezvousHandler):
                         raise
                     self._inner = None
                     time.sleep(AGAIN_S)
-            self.met = True
-            return self._in_order(info)
+            in_order = self._in_order(info)
+        self.met = True
+        return in_order
 
     def _join(self) -> RendezvousInfo:
         if self._inner is None:
@@ -116,6 +117,9 @@ class NodesRendezvous(RendezvousHandler):
         store.set(f"node_rank/{info.rank}", str(self.node_rank))
         told = [int(store.get(f"node_rank/{rank}")) for rank in range(info.world_size)]
         if len(set(told)) < len(told):
+            # not before all have read it: with the first that ends the place may be gone
+            store.set(f"read by {info.rank}", "")
+            store.wait([f"read by {rank}" for rank in range(info.world_size)])
             twice = next(number for number in told if told.count(number) > 1)
             raise RendezvousError(f"two nodes say that they are NODE_RANK={twice}")
         return RendezvousInfo(store, sorted(told).index(self.node_rank), info.world_size, meeting_place)

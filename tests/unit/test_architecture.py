@@ -84,7 +84,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"},
         {"base", "storage"},
     ),
-    "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
+    "plan": ({"activations", "memory", "plan", "scaling"}, {"base", "engine"}),
     "run": (
         {
             "alike",
@@ -106,6 +106,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "run",
             "stopping",
             "supervise",
+            "topology",
             "trial",
             "versions",
             "watchdog",
@@ -137,6 +138,7 @@ ONLY: dict[str, set[str]] = {
     "activations": {"model_config"},
     "memory": {"activations", "model_config"},
     "plan": {"memory", "engine", "model_config"},
+    "scaling": {"memory"},
 }
 BUILDERS = {"GPT", "KERNELS", "plain_attention"}  # what of model.py the library may import: what builds one
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
