@@ -136,6 +136,7 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
     from pretrain import hardware, ranks
     from pretrain.alike import check_alike
+    from pretrain.topology import tell_topology
 
     device = hardware.resolve_device(ranks.local_ranks()[0])
     hardware.check_precision(device, config.train.precision)
@@ -143,6 +144,7 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     failpoints.arm(me.rank)
     log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
     check_alike(me, ROOT, dataclasses.asdict(config))
+    tell_topology(me, device, config.train.timeout_minutes)
     return device, me
 
 

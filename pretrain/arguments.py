@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -300,3 +302,22 @@ def world_size_from_env() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"WORLD_SIZE is {text!r}, expected the number of ranks", "Unset it, or start by a launcher.")
     return int(text)
+
+
+def launched_ranks(launcher: Sequence[str]) -> list[int]:
+    """Ranks that the launcher's options may start on all nodes together, ascending: several with --nnodes=MIN:MAX.
+
+    Raises:
+        ConfigError: they are no numbers.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("nproc_per_node", "nnodes"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="1")
+    known, _ = parser.parse_known_args(list(launcher))
+    for name, pattern in (("nproc_per_node", r"0*[1-9]\d*"), ("nnodes", r"0*[1-9]\d*(:\d+)?")):
+        if not re.fullmatch(pattern, value := getattr(known, name)):
+            raise ConfigError(f"--{name}={value} is not a number", f"Give --{name}=8, say.")
+    least, _, most = known.nnodes.partition(":")
+    if int(most or least) < int(least):
+        raise ConfigError(f"--nnodes={known.nnodes} is no range of nodes", "Give --nnodes=1:2, say.")
+    return [int(known.nproc_per_node) * nodes for nodes in range(int(least), int(most or least) + 1)]

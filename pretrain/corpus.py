@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from pretrain import log
+from pretrain.alike import check_same_data
 from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
-from pretrain.errors import ShardError
 from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
@@ -64,10 +64,8 @@ def fetch_corpus(
     """
     seq_len = model.seq_len
     store, shards = _fetch(data, storage, ranks, model)
-    if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
-        raise ShardError(
-            f"{data.source}: not every rank found the same shards", "Start again once nobody is writing there."
-        )
+    manifest = shards.manifest.to_json() if shards.manifest else ""
+    check_same_data(ranks, data.source, shards.fingerprint, len(shards.shards), manifest)
     batches = Batches(
         shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
     )

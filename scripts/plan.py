@@ -2,6 +2,7 @@
 
     python scripts/plan.py --model 1.2B --gpus 8 --gpu h100-80gb --tokens 22B
     python scripts/plan.py --model 7B --gpus 8 --gpu h100-80gb --tokens 22B --compare
+    python scripts/plan.py --model 1.2B --gpu h100-80gb --scaling
     python scripts/plan.py --models
 
 Every option of train.py works as well (`--model.n_layer 30`, `--engine native`). Exit code 0: the run fits into the
@@ -23,12 +24,21 @@ from pretrain import memory, plan
 from pretrain.arguments import parse
 from pretrain.config import Config
 from pretrain.errors import ConfigError, TrainerError
-from pretrain.gpus import CARDS
+from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
 from pretrain.plan import GB, Gpu, Speed
-from pretrain.plan_views import comparison_row, course_rows, feasibility_rows, gigabytes, memory_rows, setting_rows
+from pretrain.plan_views import (
+    comparison_row,
+    course_rows,
+    feasibility_rows,
+    gigabytes,
+    memory_rows,
+    scaling_cells,
+    setting_rows,
+)
+from pretrain.scaling import NETWORKS, Network, scaling_row
 
 EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2
 # option: the field of train.py that it sets
@@ -42,6 +52,7 @@ SHORT_FORMS = {
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
 COMPARED_SIZES = 5
+NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup = plan.make_setup(
             config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
         )
+        if options.scaling:
+            return show_scaling(setup, gpu, config, console, options.json)
         if options.compare:
             return show_comparison(setup, gpu, config, console, options.json)
         return show_plan(setup, gpu, config, options, console)
@@ -79,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shards", type=int, default=0, help="files that hold the tokens, for the bucket's traffic")
     parser.add_argument("--price_per_gpu_hour", type=float, default=0.0, help="of one GPU, in your currency")
     parser.add_argument("--compare", action="store_true", help="engines × activation checkpointing × micro batch")
+    parser.add_argument("--scaling", action="store_true", help="engines × 1 to 64 nodes: bytes, step, efficiency")
     parser.add_argument("--models", action="store_true", help="every size with its exact count")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -203,6 +217,39 @@ def compared(setup: Setup, gpu: Gpu) -> dict[str, Any]:
         "tokens_per_second": round(speed.tokens_per_second),
         "mfu_source": speed.source,
     }
+
+
+def show_scaling(setup: Setup, gpu: Gpu, config: Config, console: Console, as_json: bool) -> int:
+    """Print what every engine's communication costs on 1 to 64 nodes of eight GPUs, with two kinds of network."""
+    if not getattr(PEAK_FLOPS.get(gpu.peak), setup.precision, 0):
+        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
+    tables = {name: scaling_rows(setup, gpu, config, network) for name, network in NETWORKS.items()}
+    if as_json:
+        print(json.dumps({"gpu": gpu.name, "tables": tables}, indent=1))
+        return EXIT_FEASIBLE
+    model, batch = setup.model, setup.batch
+    what = f"{model.size}, {model.n_parameters:,} parameters, {setup.precision}, on {gpu.name}"
+    console.print(f"{what}; {batch.global_size} × {model.seq_len} tokens a step. Predicted", soft_wrap=True)
+    head = ["engine", "nodes", "micro", "acc", "GB/step", "comp ms", "comm ms", "step ms", "eff %", "tok/s"]
+    for name, rows in tables.items():
+        body = [scaling_cells(row) for row in rows]
+        print_table(
+            head, body, console, right=head[1:], title=f"{name} between nodes of 8 GPUs, NVLink 450 GB/s inside"
+        )
+    limit = f"At most {batch.global_size} GPUs divide {batch.global_size} sequences."
+    console.print(f"GB/step: on each GPU's wire. {limit} Memory is not looked at: --compare.", soft_wrap=True)
+    return EXIT_FEASIBLE
+
+
+def scaling_rows(setup: Setup, gpu: Gpu, config: Config, network: Network) -> list[dict[str, Any]]:
+    """Every engine on every number of nodes that the batch divides among, with the config's micro batch at most."""
+    rows = []
+    for choice in choices(setup, config)[::3]:
+        for nodes in NODES:
+            many = dataclasses.replace(choice, world_size=nodes * network.node)
+            if sizes := [size for size in many.micro_sizes if size <= setup.batch.micro_size]:
+                rows.append(scaling_row(many.with_micro_size(max(sizes)), gpu.peak, network))
+    return rows
 
 
 def choices(setup: Setup, config: Config) -> list[Setup]:
