@@ -45,6 +45,10 @@ class DataConfig:
     """Windows are shuffled inside groups of so many shards."""
     download_workers: int = 8
     """Parallel downloads per node."""
+    prefetch_shards: int = 4
+    """Shards that are fetched ahead of those which are trained on, in the order of their turn."""
+    cache_gb: float = 0.0
+    """Bound on a node's `cache_dir`, in GB (10^9 bytes): the least recently used shards make room; 0: no bound."""
 
 
 @dataclass(frozen=True)

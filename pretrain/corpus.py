@@ -1,4 +1,4 @@
-"""What a run trains and validates on, fetched into this node's cache."""
+"""What a run trains and validates on, out of this node's cache: it comes as it is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
-from pretrain.shards import ShardSet, fetch_shards
+from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
 
 logger = log.get(__name__)
@@ -52,7 +52,7 @@ def fetch_corpus(
     seed: int,
     eval_sequences: int,
 ) -> Corpus:
-    """Fetch the shards, each once per node, and lay out the order. Every rank calls it.
+    """Find the shards, lay out their order and take the validation windows. Every rank calls it.
 
     Args:
         global_size: windows in a step, over all ranks.
@@ -63,19 +63,27 @@ def fetch_corpus(
         StorageError: the bucket or the cache can't be used.
     """
     seq_len = model.seq_len
-    store, shards = _fetch(data, storage, ranks, model)
+    store, shards = _open(data, storage, ranks, model)
     if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
         raise ShardError(
             f"{data.source}: not every rank found the same shards", "Start again once nobody is writing there."
         )
     batches = Batches(
-        shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
+        shards.shards,
+        seq_len=seq_len,
+        global_size=global_size,
+        seed=seed,
+        shuffle_shards=data.shuffle_shards,
+        feed=shards.feed,
+        prefetch_shards=data.prefetch_shards,
     )
     validation = None
     if data.val_source:
         val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _fetch(val_data, storage, ranks, model)
+        _, val_shards = _open(val_data, storage, ranks, model, at_once=True)
         validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+        if val_shards.feed:
+            val_shards.feed.close()
     return Corpus(
         batches=batches,
         order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
@@ -86,16 +94,19 @@ def fetch_corpus(
     )
 
 
-def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> tuple[ObjectStore, ShardSet]:
+def _open(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, at_once: bool = False
+) -> tuple[ObjectStore, ShardSet]:
     store = open_store(data.source, storage)
     logger.info("data: %s", store.describe())
-    shards = fetch_shards(
+    shards = open_shards(
         store,
         data,
         vocab_size=model.vocab_size,
         may_be_larger=bool(model.init_from),  # OPT, Pythia and Qwen3 have rows that their tokenizers never name
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
+        at_once=at_once,
     )
     skipped = len(shards.skipped)
     logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
