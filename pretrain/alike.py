@@ -18,7 +18,13 @@ from pretrain.ranks import Ranks
 logger = log.get(__name__)
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
-OWN_TO_A_NODE = ("data.cache_dir", "data.cache_gb", "checkpoint.dir", "log.dir")  # each node may have its own disks
+OWN_TO_A_NODE = (
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.tokenizer_num_workers",
+    "checkpoint.dir",
+    "log.dir",
+)  # each node may have its own disks
 SHOWN = 3
 
 

@@ -59,6 +59,10 @@ def _range_problems(config: Config) -> list[str]:
         (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
         (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
         (c.data.prefetch_shards < 0, f"data.prefetch_shards {c.data.prefetch_shards} must not be negative"),
+        (
+            c.data.tokenizer_num_workers < 1,
+            f"data.tokenizer_num_workers {c.data.tokenizer_num_workers} must be at least 1",
+        ),
         (c.data.cache_gb < 0, f"data.cache_gb {c.data.cache_gb} must not be negative"),
         (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
         (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,11 @@ from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
+from pretrain.raw_source import prepare_source, prepared
 from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
+
+LOOK_EVERY_S = 0.5
 
 logger = log.get(__name__)
 
@@ -63,6 +67,9 @@ def fetch_corpus(
         StorageError: the bucket or the cache can't be used.
     """
     seq_len = model.seq_len
+    if data.tokenizer:
+        for source in filter(None, (data.source, data.val_source)):
+            _prepare(dataclasses.replace(data, source=source), ranks, model)
     store, shards = _open(data, storage, ranks, model)
     if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
         raise ShardError(
@@ -97,6 +104,7 @@ def fetch_corpus(
 def _open(
     data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, at_once: bool = False
 ) -> tuple[ObjectStore, ShardSet]:
+    data = prepared(data)
     store = open_store(data.source, storage)
     logger.info("data: %s", store.describe())
     shards = open_shards(
@@ -111,3 +119,27 @@ def _open(
     skipped = len(shards.skipped)
     logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
     return store, shards
+
+
+def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:
+    """Have the first rank of each node prepare its raw text while all wait; what a rank raises ends it at once."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            prepare_source(data, vocab_size=model.vocab_size, may_be_larger=bool(model.init_from), say=logger.info)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="prepare", daemon=True)
+    if ranks.local_rank == 0:
+        thread.start()
+    working = True
+    # Asked again and again: hours of work are longer than any collective's patience.
+    while working:
+        if thread.ident is not None:
+            thread.join(LOOK_EVERY_S)
+        is_alive = thread.is_alive()  # asked first: what it came to must count
+        if failed:
+            raise failed[0]
+        working = ranks.any(is_alive)

@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from pretrain.data_views import StepView, print_stats, token_text
 from pretrain.errors import EXIT_DONE, CheckpointError, ConfigError, ShardError, TrainerError
 from pretrain.lookup import Saved, local_copy, planned, recorded, windows_at
 from pretrain.manifest import TOKENIZER_NAME, DataManifest
+from pretrain.raw_source import prepared
 from pretrain.shards import ShardSet, missing_shards, open_shards, read_manifest, select_shards
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import load_tokenizer
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         catalog = open_catalog(options)
         subject = find_subject(options, settings, catalog)
-        store = open_store(subject.config.data.source, subject.config.storage)
+        data = prepared(subject.config.data)  # of raw text, the shards that train.py made of it
+        subject = replace(subject, config=replace(subject.config, data=data))
+        store = open_store(data.source, subject.config.storage)
         console.print(f"data: {store.describe()}")
         tokenizer = find_tokenizer(options, store, catalog, subject)
         if options.stats:

@@ -31,6 +31,7 @@ PREPARATION = {
     "recipes",
     "work_folder",
     "preparation",
+    "raw_source",
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
