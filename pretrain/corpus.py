@@ -84,17 +84,10 @@ def fetch_corpus(
         feed=shards.feed,
         prefetch_shards=data.prefetch_shards,
     )
-    validation = None
-    if data.val_source:
-        val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _open(val_data, storage, ranks, model, at_once=True)
-        validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
-        if val_shards.feed:
-            val_shards.feed.close()
     return Corpus(
         batches=batches,
         order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
-        validation=validation,
+        validation=_validation(data, storage, ranks, model, eval_sequences) if data.val_source else None,
         skipped_shards=shards.skipped,
         unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
         tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
@@ -119,6 +112,18 @@ def _open(
     skipped = len(shards.skipped)
     logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
     return store, shards
+
+
+def _validation(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, eval_sequences: int
+) -> np.ndarray:
+    """This rank's share of the validation windows (n, seq_len + 1) int64, spread evenly over `data.val_source`."""
+    val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
+    _, shards = _open(val_data, storage, ranks, model, at_once=True)
+    windows = validation_batches(shards.shards, model.seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+    if shards.feed:
+        shards.feed.close()
+    return windows
 
 
 def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:

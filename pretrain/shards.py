@@ -115,7 +115,7 @@ def open_shards(
         StorageError: as `fetch_shards`; later, by the tokens of a shard that can't be fetched.
     """
     cache, objects, missing = _find(store, data, vocab_size, may_be_larger, local_rank)
-    cache.check_room(objects, data.shuffle_shards)
+    cache.check_room(objects, 1 if at_once else data.shuffle_shards)
     workers = max(1, data.download_workers // local_world_size)
     if at_once:
         _fetch_own(cache, objects[local_rank::local_world_size], len(objects), workers, None, keep=True)
@@ -185,7 +185,7 @@ def select_shards(listed: Sequence[ObjectInfo], pattern: str, max_files: int, ur
         found = f"{len(listed)} other objects, such as {others}" if listed else "nothing"
         raise ShardError(
             f"no shards under {url}: expected .npz files that match {pattern!r}, found {found}",
-            "Check that address and data.pattern",
+            "Check that address and data.pattern; raw text needs --data.tokenizer",
         )
     chosen.sort(key=lambda info: info.name)
     return chosen[:max_files] if max_files else chosen

@@ -10,7 +10,7 @@ import secrets
 import sysconfig
 from pathlib import Path
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import pytest
 
 from pretrain.config import DataConfig, StorageConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import threading
 import time
 
@@ -354,3 +355,17 @@ def test_what_is_needed_and_has_no_room_for_long_comes_all_the_same(source, data
     assert "above it" in caplog.text
     other.feed.close()
     found.feed.close()
+
+
+def test_a_disk_that_fills_up_under_way_is_one_line_and_leaves_nothing_half_written(
+    source, data, tmp_path, monkeypatch
+):
+    def full(self, block):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _, found = opened(source, data)
+    monkeypatch.setattr("pretrain.cache.CheckedWriter.write", full)
+    with pytest.raises(StorageError, match=r"the disk is full"):
+        found.shards[2].tokens()
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    until(lambda: not [path for path in left if path.exists() and path.name != ".room.lock"])
