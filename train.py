@@ -82,7 +82,7 @@ def train(invocation: Invocation) -> int:
     run = build(invocation)
     with run.metrics, run.keeper, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
-            run.beat = watchdog.beat
+            run.beat, run.excuse = watchdog.beat, watchdog.excuse
             loop(run, stop)
         return close(run)
 
@@ -91,7 +91,7 @@ def train(invocation: Invocation) -> int:
 
 
 def build(invocation: Invocation) -> Run:
-    """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
+    """Meet the other ranks, find what to resume, find the data, build the model and its engine."""
     from pretrain.corpus import fetch_corpus
     from pretrain.divergence import Watch
     from pretrain.engine.build import build_engine
@@ -209,10 +209,13 @@ def loop(run: Run, stop: StopRequest) -> None:
     stream = run.corpus.batches.stream(run.progress.position, run.ranks.rank, run.ranks.world_size)
     due = False
     with contextlib.closing(stream):
-        while run.progress.step < run.total_steps and not run.stopped:
+        while run.progress.step < run.total_steps:
+            waited_s = run.await_batch(stream, stop)
+            if run.stopped:
+                break
             failpoint("loop.before_step")
             files_before = run.progress.files
-            trouble = take_step(run, stream)
+            trouble = take_step(run, stream, waited_s)
             failpoint("loop.after_step")
             due = due or is_due(run, files_before)
             if trouble:
@@ -223,13 +226,16 @@ def loop(run: Run, stop: StopRequest) -> None:
             due = due and bool(run.watch.skipped_in_a_row)
             run.record_events()
             run.keeper.check()
-            run.stopped = run.ranks.any(bool(stop))
     if run.stopped and run.ranks.is_first:
         logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
 
 
-def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Trouble | None:
-    """One optimizer step, its validation and its record where they are due; what is wrong, if anything."""
+def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s: float = 0.0) -> Trouble | None:
+    """One optimizer step, its validation and its record where they are due; what is wrong, if anything.
+
+    Args:
+        waited_s: seconds that the ranks have waited for its batch already.
+    """
     import torch
 
     from pretrain.divergence import Observation
@@ -237,7 +243,7 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Troubl
     from pretrain.progress import step_seed
 
     config = run.config
-    started = time.perf_counter()
+    started = time.perf_counter() - waited_s
     tokens, position = next(stream)
     data_wait_s = time.perf_counter() - started
     lr = learning_rate(run.engine.state().optimizer_steps, run.total_steps, config.optim)

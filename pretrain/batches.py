@@ -8,15 +8,15 @@ A resume needs three integers and reads nothing again.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from pretrain.errors import ShardError
+from pretrain.read_ahead import ReadAhead
+from pretrain.shard_feed import ShardFeed
 from pretrain.shards import Shard
 
 MAX_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and a process often has 1024
@@ -42,13 +42,23 @@ class Batches:
         global_size: windows in one optimizer step, over all ranks.
         seed: of the order of shards and windows.
         shuffle_shards: consecutive shards whose windows are shuffled together.
+        feed: brings the shards, where they are not here yet: it is told which ones come next.
+        prefetch_shards: shards that it fetches ahead of those which are read.
 
     Raises:
         ShardError: the shards hold fewer windows than one step takes.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], *, seq_len: int, global_size: int, seed: int, shuffle_shards: int = 1
+        self,
+        shards: Sequence[Shard],
+        *,
+        seq_len: int,
+        global_size: int,
+        seed: int,
+        shuffle_shards: int = 1,
+        feed: ShardFeed | None = None,
+        prefetch_shards: int = 0,
     ) -> None:
         self.shards = tuple(shards)
         self.seq_len = seq_len
@@ -64,7 +74,9 @@ class Batches:
                 f"Give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
             )
         self._epoch_cache: _Epoch | None = None
-        self._reader = _Reader(self.shards)
+        self._feed, self._prefetch_shards = feed, prefetch_shards
+        self._wanted = (-1, -1)  # (epoch, group of shards) that the feed was told of
+        self._reader = _Reader(self.shards, keep_open=feed is None)
 
     def files_processed(self, position: Position) -> int:
         """Shards taken to the end since the run began."""
@@ -106,42 +118,37 @@ class Batches:
                 # A step may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
             begins = epoch.windows(taken, count - row) * self.seq_len
+            self._tell_feed(epoch, taken)
             self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
             row, taken = row + len(begins), taken + len(begins)
         return batch, self._advance(position)
 
-    def stream(
-        self, position: Position, rank: int, world_size: int, prefetch: int = 4
-    ) -> Generator[tuple[np.ndarray, Position], None, None]:
+    def stream(self, position: Position, rank: int, world_size: int, prefetch: int = 4) -> ReadAhead[Position]:
         """`take` for ever, read up to `prefetch` steps ahead by a background thread.
 
-        The thread ends when the generator is closed; what it raises is raised here.
+        The thread ends when the stream is closed, and the feed with it; what it raises is raised here.
         """
-        ready: queue.SimpleQueue[tuple[np.ndarray, Position] | Exception] = queue.SimpleQueue()
-        room = threading.Semaphore(max(prefetch, 1))
-        closed = threading.Event()
+        interrupt = self._feed.close if self._feed else lambda: None
+        return ReadAhead(lambda at: self.take(at, rank, world_size), position, prefetch, interrupt)
 
-        def read_ahead(position: Position) -> None:
-            try:
-                while room.acquire() and not closed.is_set():
-                    batch, position = self.take(position, rank, world_size)
-                    ready.put((batch, position))
-            except Exception as error:  # noqa: BLE001 - raised again where the batches are consumed
-                ready.put(error)
+    @property
+    def arrived(self) -> int:
+        """Grows as long as data arrives."""
+        return self._feed.arrived if self._feed else 0
 
-        reader = threading.Thread(target=read_ahead, args=(position,), name="read-ahead", daemon=True)
-        reader.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                room.release()
-                yield item
-        finally:
-            closed.set()
-            room.release()
-            reader.join()
+    def _tell_feed(self, epoch: _Epoch, taken: int) -> None:
+        """Have the shards fetched that the windows after `taken` others are read from, and those that come then."""
+        group = epoch.group(taken)
+        if self._feed is None or self._wanted == (epoch.number, group):
+            return
+        self._wanted = (epoch.number, group)
+        first, end = group * self.shuffle_shards, min((group + 1) * self.shuffle_shards, len(epoch.order))
+        # The last windows of a group go on in the shards behind it.
+        stop = int(np.searchsorted(epoch.starts[:-1], epoch.starts[end] + self.seq_len, side="left"))
+        ahead = epoch.order[stop : stop + self._prefetch_shards]
+        if (lacking := self._prefetch_shards - len(ahead)) > 0:
+            ahead = np.concatenate([ahead, _shuffled(len(epoch.order), self.seed, epoch.number + 1, 0)[:lacking]])
+        self._feed.want(epoch.order[first:stop].tolist(), ahead.tolist())
 
     def _advance(self, position: Position) -> Position:
         """The position one step later; it names the shard whose windows come next."""
@@ -191,10 +198,13 @@ class _Epoch:
         """Index in the stream of the window taken after `taken` others."""
         return int(self.windows(taken, 1)[0])
 
+    def group(self, taken: int) -> int:
+        """The group of shards that the window taken after `taken` others begins in."""
+        return (int(np.searchsorted(self.bounds, taken, side="right")) - 1) // self._group_size
+
     def windows(self, taken: int, count: int) -> np.ndarray:
         """Indexes of the windows taken after `taken` others (n,) int64: `count` of them, or up to their group's end."""
-        shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
-        group = shard // self._group_size
+        group = self.group(taken)
         current, first, shuffled = self._group
         if current != group:
             first = int(self.bounds[group * self._group_size])
@@ -207,8 +217,12 @@ class _Epoch:
 class _Reader:
     """Tokens of a stream of shards, one after the other, out of the memory-mapped files."""
 
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
-        self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda index: shards[index].tokens())
+    def __init__(self, shards: tuple[Shard, ...], keep_open: bool = True) -> None:
+        def tokens(index: int) -> np.ndarray:
+            return shards[index].tokens()
+
+        # A feed keeps them open itself: a map that outlives its turn would keep its place on the disk.
+        self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(tokens) if keep_open else tokens
 
     def read_rows(self, order: np.ndarray, starts: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
         """Fill each row of `out` (rows, n) with the n tokens of the stream from its own of `begins` (rows,).

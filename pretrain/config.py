@@ -28,7 +28,8 @@ class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
-    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…"""
+    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…;
+    with `tokenizer` raw text: a file, a folder or a glob, also gs:// and hf://datasets/…"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
@@ -43,8 +44,19 @@ class DataConfig:
     """What a damaged shard does: stop the run, or be left out, counted and named in the summary."""
     shuffle_shards: int = 1
     """Windows are shuffled inside groups of so many shards."""
+    tokenizer: str = ""
+    """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. `source` and `val_source` are then raw text,
+    and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
+    tokenizer_num_workers: int = 4
+    """Processes of a node that prepare raw text."""
+    text_key: str = "text"
+    """Key or column of the text in raw text."""
     download_workers: int = 8
     """Parallel downloads per node."""
+    prefetch_shards: int = 4
+    """Shards that are fetched ahead of those which are trained on, in the order of their turn."""
+    cache_gb: float = 0.0
+    """Bound on a node's `cache_dir`, in GB (10^9 bytes): the least recently used shards make room; 0: no bound."""
 
 
 @dataclass(frozen=True)

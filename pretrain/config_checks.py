@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.config import BatchConfig, CheckpointConfig, Config
+from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig
 from pretrain.model_config import model_problems
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size)]
+    problems += _data_problems(config.data) + _range_problems(config)
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
 
 
@@ -50,14 +51,26 @@ def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:
     return []
 
 
+def _data_problems(data: DataConfig) -> list[str]:
+    rules = [
+        (not data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
+        (data.max_files < 0, f"data.max_files {data.max_files} must not be negative"),
+        (data.shuffle_shards < 1, f"data.shuffle_shards {data.shuffle_shards} must be at least 1"),
+        (data.download_workers < 1, f"data.download_workers {data.download_workers} must be at least 1"),
+        (data.prefetch_shards < 0, f"data.prefetch_shards {data.prefetch_shards} must not be negative"),
+        (
+            data.tokenizer_num_workers < 1,
+            f"data.tokenizer_num_workers {data.tokenizer_num_workers} must be at least 1",
+        ),
+        (data.cache_gb < 0, f"data.cache_gb {data.cache_gb} must not be negative"),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
 def _range_problems(config: Config) -> list[str]:
     """Fields outside the range in which they mean something."""
     c = config
     rules = [
-        (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
-        (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
-        (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
-        (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
         (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
         (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
         (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),

@@ -1,8 +1,9 @@
-"""What a run trains and validates on, fetched into this node's cache."""
+"""What a run trains and validates on, out of this node's cache: it comes as it is needed."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +16,11 @@ from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
-from pretrain.shards import ShardSet, fetch_shards
+from pretrain.raw_source import prepare_source, prepared
+from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
+
+LOOK_EVERY_S = 0.5
 
 logger = log.get(__name__)
 
@@ -52,7 +56,7 @@ def fetch_corpus(
     seed: int,
     eval_sequences: int,
 ) -> Corpus:
-    """Fetch the shards, each once per node, and lay out the order. Every rank calls it.
+    """Find the shards, lay out their order and take the validation windows. Every rank calls it.
 
     Args:
         global_size: windows in a step, over all ranks.
@@ -63,38 +67,82 @@ def fetch_corpus(
         StorageError: the bucket or the cache can't be used.
     """
     seq_len = model.seq_len
-    store, shards = _fetch(data, storage, ranks, model)
+    if data.tokenizer:
+        for source in filter(None, (data.source, data.val_source)):
+            _prepare(dataclasses.replace(data, source=source), ranks, model)
+    store, shards = _open(data, storage, ranks, model)
     manifest = shards.manifest.to_json() if shards.manifest else ""
     check_same_data(ranks, data.source, shards.fingerprint, len(shards.shards), manifest)
     batches = Batches(
-        shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
+        shards.shards,
+        seq_len=seq_len,
+        global_size=global_size,
+        seed=seed,
+        shuffle_shards=data.shuffle_shards,
+        feed=shards.feed,
+        prefetch_shards=data.prefetch_shards,
     )
-    validation = None
-    if data.val_source:
-        val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _fetch(val_data, storage, ranks, model)
-        validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
     return Corpus(
         batches=batches,
         order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
-        validation=validation,
+        validation=_validation(data, storage, ranks, model, eval_sequences) if data.val_source else None,
         skipped_shards=shards.skipped,
         unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
         tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
     )
 
 
-def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> tuple[ObjectStore, ShardSet]:
+def _open(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, at_once: bool = False
+) -> tuple[ObjectStore, ShardSet]:
+    data = prepared(data)
     store = open_store(data.source, storage)
     logger.info("data: %s", store.describe())
-    shards = fetch_shards(
+    shards = open_shards(
         store,
         data,
         vocab_size=model.vocab_size,
         may_be_larger=bool(model.init_from),  # OPT, Pythia and Qwen3 have rows that their tokenizers never name
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
+        at_once=at_once,
     )
     skipped = len(shards.skipped)
     logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
     return store, shards
+
+
+def _validation(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, eval_sequences: int
+) -> np.ndarray:
+    """This rank's share of the validation windows (n, seq_len + 1) int64, spread evenly over `data.val_source`."""
+    val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
+    _, shards = _open(val_data, storage, ranks, model, at_once=True)
+    windows = validation_batches(shards.shards, model.seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+    if shards.feed:
+        shards.feed.close()
+    return windows
+
+
+def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:
+    """Have the first rank of each node prepare its raw text while all wait; what a rank raises ends it at once."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            prepare_source(data, vocab_size=model.vocab_size, may_be_larger=bool(model.init_from), say=logger.info)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="prepare", daemon=True)
+    if ranks.local_rank == 0:
+        thread.start()
+    working = True
+    # Asked again and again: hours of work are longer than any collective's patience.
+    while working:
+        if thread.ident is not None:
+            thread.join(LOOK_EVERY_S)
+        is_alive = thread.is_alive()  # asked first: what it came to must count
+        if failed:
+            raise failed[0]
+        working = ranks.any(is_alive)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from model import GPT
 from pretrain import budget, log
+from pretrain.batches import Position
 from pretrain.budget import Prediction
 from pretrain.config import Config
 from pretrain.corpus import Corpus
@@ -24,6 +26,10 @@ from pretrain.metrics import Metrics
 from pretrain.plan import make_setup
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
+from pretrain.read_ahead import ReadAhead
+from pretrain.stopping import StopRequest
+
+LOOK_EVERY_S = 0.5  # while a batch is waited for: for a signal, and whether data arrives
 
 logger = log.get(__name__)
 
@@ -39,6 +45,7 @@ class Run:
         total_steps: step at which the run ends.
         prediction: of memory and speed; None on a CPU.
         beat: told the number of each step that has ended; the watchdog listens.
+        excuse: told that no step can end, and that this is no hang; the watchdog listens.
 
     Attributes:
         first_step: step at which this process began, or went back to where that is lower.
@@ -68,6 +75,7 @@ class Run:
     timed_seconds: float = 0.0
     val_loss: float | None = None
     beat: Callable[[int], None] = lambda _step: None
+    excuse: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         precision = self.config.train.precision
@@ -90,6 +98,26 @@ class Run:
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
+
+    def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
+        """Wait until every rank has its next batch, or one is asked to stop (`stopped`). Every rank must call it.
+
+        A wait while data arrives, on whatever rank, is no hang.
+
+        Returns:
+            seconds that a rank without its batch had the others wait.
+        """
+        started, arrived, waits = time.perf_counter(), self.corpus.batches.arrived, True
+        waited_s = 0.0
+        while waits and not self.stopped:
+            is_ready = stream.ready(LOOK_EVERY_S if waited_s else 0.0)
+            arrives, arrived = self.corpus.batches.arrived != arrived, self.corpus.batches.arrived
+            self.stopped, waits, arrives = self.ranks.any_of(bool(stop), not is_ready, arrives)
+            if waits:
+                waited_s = max(time.perf_counter() - started, 1e-9)
+            if waits and arrives:
+                self.excuse()
+        return waited_s and time.perf_counter() - started
 
     def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""

@@ -6,8 +6,8 @@
 
 Options that are not listed below are settings of train.py (--data, --batch.global_size, --seed, …); a step is found by
 the same ones that trained it. With --run they come from the newest checkpoint of that run, which also knows the
-roll-backs: these pass over data, and then a step's place does not follow from its number. --step fetches the shards
-into the cache as train.py does; --stats reads one after the other and keeps none.
+roll-backs: these pass over data, and then a step's place does not follow from its number. --step fetches the shards of
+that step into the cache, as train.py does; --stats reads one after the other and keeps none.
 
 Exit codes: 0 done, 2 wrong settings, 3 bad or missing shards, 4 storage, 5 a checkpoint that does not tell.
 """
@@ -19,7 +19,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ from pretrain.data_views import StepView, print_stats, token_text
 from pretrain.errors import EXIT_DONE, CheckpointError, ConfigError, ShardError, TrainerError
 from pretrain.lookup import Saved, local_copy, planned, recorded, windows_at
 from pretrain.manifest import TOKENIZER_NAME, DataManifest
-from pretrain.shards import ShardSet, fetch_shards, missing_shards, read_manifest, select_shards
+from pretrain.raw_source import prepared
+from pretrain.shards import ShardSet, missing_shards, open_shards, read_manifest, select_shards
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import load_tokenizer
 
@@ -67,7 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         catalog = open_catalog(options)
         subject = find_subject(options, settings, catalog)
-        store = open_store(subject.config.data.source, subject.config.storage)
+        data = prepared(subject.config.data)  # of raw text, the shards that train.py made of it
+        subject = replace(subject, config=replace(subject.config, data=data))
+        store = open_store(data.source, subject.config.storage)
         console.print(f"data: {store.describe()}")
         tokenizer = find_tokenizer(options, store, catalog, subject)
         if options.stats:
@@ -174,7 +177,7 @@ def show_step(
     """Shards, windows and documents of one step; the exit code."""
     config = subject.config
     may_be_larger = bool(config.model.init_from)
-    shards = fetch_shards(store, config.data, vocab_size=config.model.vocab_size, may_be_larger=may_be_larger)
+    shards = open_shards(store, config.data, vocab_size=config.model.vocab_size, may_be_larger=may_be_larger)
     for name in shards.skipped:
         console.print(f"left out, as data.on_bad_shard says: {name}")
     batches = Batches(

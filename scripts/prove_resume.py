@@ -47,7 +47,8 @@ from pretrain.proof import (
     small_schedule,
     windows_off,
 )
-from pretrain.shards import fetch_shards
+from pretrain.raw_source import prepared
+from pretrain.shards import open_shards
 from pretrain.storage import open_store
 from pretrain.trial import Record, Trial, random_moments
 
@@ -273,9 +274,10 @@ def tell(
 
 def batches_of(config: Config) -> Batches:
     """The data order of both runs, from the cache that they filled."""
-    store = open_store(config.data.source, config.storage)
+    data = prepared(config.data)
+    store = open_store(data.source, config.storage)
     return Batches(
-        fetch_shards(store, config.data, vocab_size=config.model.vocab_size).shards,
+        open_shards(store, data, vocab_size=config.model.vocab_size).shards,
         seq_len=config.model.seq_len,
         global_size=config.batch.global_size,
         seed=config.run.seed,

@@ -31,6 +31,7 @@ PREPARATION = {
     "recipes",
     "work_folder",
     "preparation",
+    "raw_source",
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
@@ -38,7 +39,20 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
-        {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
+        {
+            "manifest",
+            "npz",
+            "room",
+            "cache",
+            "shard_feed",
+            "shards",
+            "read_ahead",
+            "batches",
+            "data_stats",
+            "lookup",
+            "tokenizers",
+        }
+        | PREPARATION,
         {"base", "storage"},
     ),
     "ranks": ({"communication", "ranks"}, {"base"}),
@@ -124,7 +138,9 @@ ONLY: dict[str, set[str]] = {
     "gpus": set(),
     "log": set(),
     "files": set(),
-    "batches": {"shards"},
+    "batches": {"read_ahead", "shard_feed", "shards"},
+    "read_ahead": set(),
+    "room": {"files"},
     "optim": set(),
     "uploads": {"archive", "checkpoint_manifest", "files", "storage"},
     "archive": {"checkpoint_manifest", "files"},
