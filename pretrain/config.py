@@ -6,6 +6,7 @@ its own section, never the whole tree. How the command line and YAML become this
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,6 +46,10 @@ class DataConfig:
     """Windows are shuffled inside groups of so many shards."""
     download_workers: int = 8
     """Parallel downloads per node."""
+    document_mask: bool = False
+    """Attention never crosses a document, and positions restart with each."""
+    eot_token_id: int = -1
+    """Token id that ends a document, for `document_mask`; -1: the data's manifest.json tells it."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,12 @@ class Config:
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step, over all ranks."""
         return self.batch.global_size * self.model.seq_len
+
+    def with_document_end(self, token_id: int | None) -> Config:
+        """The same with `data.eot_token_id` as the data's manifest told it; None: nobody needs it."""
+        if token_id is None:
+            return self
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, eot_token_id=token_id))
 
     def total_steps(self, windows_per_epoch: int) -> int:
         """Optimizer steps of the whole run.

@@ -58,6 +58,26 @@ def _range_problems(config: Config) -> list[str]:
         (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
         (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
         (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
+        (
+            c.data.eot_token_id >= c.model.vocab_size or c.data.eot_token_id < -1,
+            f"data.eot_token_id {c.data.eot_token_id} must be below model.vocab_size {c.model.vocab_size}, or -1",
+        ),
+        (
+            c.data.eot_token_id >= 0 and not c.data.document_mask,
+            f"data.eot_token_id {c.data.eot_token_id} means nothing without --data.document_mask true",
+        ),
+        (
+            c.model.attention == "flex" and not c.data.document_mask,
+            "model.attention flex is for --data.document_mask true: take auto, flash or sdpa",
+        ),
+        (
+            c.model.attention == "flex" and c.model.dropout > 0,
+            f"model.attention flex knows no dropout: set model.dropout {c.model.dropout} to 0, or take auto or sdpa",
+        ),
+        (
+            c.model.attention == "flash" and c.data.document_mask and c.train.compile,
+            "model.attention flash keeps documents apart in eager mode only: leave out train.compile, or take auto",
+        ),
         (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
         (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
         (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),

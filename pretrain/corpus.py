@@ -11,7 +11,7 @@ from pretrain import log
 from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import ShardError
-from pretrain.manifest import TOKENIZER_NAME
+from pretrain.manifest import TOKENIZER_NAME, document_end
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
@@ -32,6 +32,7 @@ class Corpus:
         skipped_shards: names of damaged shards that were left out.
         unigram_entropy: nats per token, where the data's manifest tells it.
         tokenizer: the content of tokenizer.json, where it lies beside the shards.
+        document_end: the token that ends a document, where `data.document_mask` keeps them apart.
     """
 
     batches: Batches
@@ -40,6 +41,7 @@ class Corpus:
     skipped_shards: tuple[str, ...]
     unigram_entropy: float | None
     tokenizer: str | None
+    document_end: int | None = None
 
 
 def fetch_corpus(
@@ -71,10 +73,11 @@ def fetch_corpus(
     batches = Batches(
         shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
     )
-    validation = None
+    validation, manifests = None, {data.source: shards.manifest}
     if data.val_source:
         val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
         _, val_shards = _fetch(val_data, storage, ranks, model)
+        manifests[data.val_source] = val_shards.manifest
         validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
     return Corpus(
         batches=batches,
@@ -83,6 +86,7 @@ def fetch_corpus(
         skipped_shards=shards.skipped,
         unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
         tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
+        document_end=document_end(data.eot_token_id, manifests) if data.document_mask else None,
     )
 
 

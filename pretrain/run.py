@@ -213,5 +213,6 @@ class Run:
 def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
     """See `budget.check_memory`."""
     engine, optim, precision = config.engine, config.optim, config.train.precision
-    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
+    masked = config.data.document_mask
+    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size, masked)
     return budget.check_memory(setup, device, ranks, force)
