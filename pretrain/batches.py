@@ -70,6 +70,21 @@ class Batches:
         """Shards taken to the end since the run began."""
         return position.epoch * len(self.shards) + position.shard
 
+    def windows_before(self, position: Position) -> int:
+        """Windows taken since the run began. Raises ValueError where this data doesn't have the position."""
+        return position.epoch * self.windows_per_epoch + self._epoch(position.epoch).taken(position)
+
+    def position_after(self, windows: int) -> Position:
+        """The reverse of `windows_before`; it names the shard whose windows come next."""
+        epoch, taken = divmod(windows, self.windows_per_epoch)
+        return self._epoch(epoch).position(taken)
+
+    def origins(self, position: Position) -> list[tuple[str, Batches, int]]:
+        """Of each window of the step at `position`: its source's name ('' where there is one only), that source, and
+        how many windows of it were taken before."""
+        first = self.windows_before(position)
+        return [("", self, first + row) for row in range(self.global_size)]
+
     def shards_between(self, begin: Position, end: Position) -> list[str]:
         """Names of the shards that the windows from one position up to another begin in, in the order they come."""
         names: dict[str, None] = {}
@@ -96,19 +111,22 @@ class Batches:
         """
         if self.global_size % world_size or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} can't split a global batch of {self.global_size}")
-        count = self.global_size // world_size
+        count, first = self.global_size // world_size, self.windows_before(position)
+        return self.read(first + rank * count, count), self.position_after(first + self.global_size)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The `count` windows taken after `first` others since the run began: (count, seq_len + 1) int64."""
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + rank * count
-        row = 0
+        number, taken = divmod(first, self.windows_per_epoch)
+        epoch, row = self._epoch(number), 0
         while row < count:
             if taken >= self.windows_per_epoch:
-                # A step may cross the end of an epoch: it goes on with the next one's first windows.
+                # They may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
             begins = epoch.windows(taken, count - row) * self.seq_len
             self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
             row, taken = row + len(begins), taken + len(begins)
-        return batch, self._advance(position)
+        return batch
 
     def stream(
         self, position: Position, rank: int, world_size: int, prefetch: int = 4
@@ -142,14 +160,6 @@ class Batches:
             closed.set()
             room.release()
             reader.join()
-
-    def _advance(self, position: Position) -> Position:
-        """The position one step later; it names the shard whose windows come next."""
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + self.global_size
-        if taken >= self.windows_per_epoch:
-            epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
-        return epoch.position(taken)
 
     def _epoch(self, number: int) -> _Epoch:
         # One is kept: the read-ahead thread and a caller may both replace it, and either result is right.

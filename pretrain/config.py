@@ -25,17 +25,36 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str
+    """Where its shards are, as `data.source`."""
+    weight: float
+    """Its part of the tokens, in proportion to the others'."""
+    name: str = ""
+    """What metrics call it; empty: the last part of `source`."""
+
+    @property
+    def title(self) -> str:
+        """Its name, given or not."""
+        return self.name or self.source.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
     """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…"""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of `source`, a mixture: [{source: gs://b/web, weight: 0.7}, {source: gs://b/code, weight: 0.3}]"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
     """Where the validation shards are; empty: no validation."""
     max_files: int = 0
-    """Use only the first so many shards by name; 0: all."""
+    """Use only the first so many shards of a source by name; 0: all."""
     cache_dir: str = "cache"
     """Folder of the verified, memory-mapped copies of the shards."""
     pad_token_id: int = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import ShardError
 from pretrain.manifest import TOKENIZER_NAME, document_end
+from pretrain.mixture import alone, check_alike, lay_out
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
@@ -65,29 +67,40 @@ def fetch_corpus(
         StorageError: the bucket or the cache can't be used.
     """
     seq_len = model.seq_len
-    store, shards = _fetch(data, storage, ranks, model)
-    if len({answer["found"] for answer in ranks.exchange({"found": shards.fingerprint})}) > 1:
-        raise ShardError(
-            f"{data.source}: not every rank found the same shards", "Start again once nobody is writing there."
-        )
-    batches = Batches(
-        shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
-    )
-    validation, manifests = None, {data.source: shards.manifest}
+    found = {name: _fetch(one, storage, ranks, model) for name, one in alone(data)}
+    shards = {name: each for name, (_, each) in found.items()}
+    order = DataOrder.of(data, shards, seed, seq_len)
+    if len({answer["found"] for answer in ranks.exchange({"found": order.fingerprint})}) > 1:
+        places = ", ".join(store.url for store, _ in found.values())
+        raise ShardError(f"{places}: not every rank found the same shards", "Start again once nobody is writing there.")
+    manifests = {store.url: each.manifest for store, each in found.values()}
+    tokenizers = {store.url: _tokenizer_beside(store) for store, _ in found.values()}
+    check_alike(manifests, tokenizers)
+    validation = None
     if data.val_source:
-        val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
+        val_data = dataclasses.replace(data, source=data.val_source, sources=(), max_files=0)
         _, val_shards = _fetch(val_data, storage, ranks, model)
         manifests[data.val_source] = val_shards.manifest
         validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
     return Corpus(
-        batches=batches,
-        order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
+        batches=lay_out(data, shards, seq_len=seq_len, global_size=global_size, seed=seed),
+        order=order,
         validation=validation,
-        skipped_shards=shards.skipped,
-        unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
-        tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
+        skipped_shards=tuple(f"{name}/{shard}".lstrip("/") for name, each in shards.items() for shard in each.skipped),
+        unigram_entropy=_unigram_entropy(shards),
+        tokenizer=next((text for text in tokenizers.values() if text is not None), None),
         document_end=document_end(data.eot_token_id, manifests) if data.document_mask else None,
     )
+
+
+def _tokenizer_beside(store: ObjectStore) -> str | None:
+    return store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None
+
+
+def _unigram_entropy(shards: Mapping[str, ShardSet]) -> float | None:
+    """Of the data as a whole: a mixture's is not that of any source."""
+    (first, *others) = shards.values()
+    return None if others or first.manifest is None else first.manifest.unigram_entropy
 
 
 def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> tuple[ObjectStore, ShardSet]:

@@ -105,8 +105,7 @@ class Setup:
         model: a resolved ModelConfig.
         precision: fp32, bf16 or fp16.
         batch: its micro size counts, and whether gradients accumulate.
-        world_size: ranks.
-        document_mask: whether documents are kept apart.
+        world_size: ranks; document_mask: whether documents are kept apart.
     """
 
     model: ModelConfig
@@ -198,9 +197,6 @@ def largest_micro_size(setup: Setup, available: int) -> int:
 def parameter_sizes(model: ModelConfig) -> list[int]:
     """Elements of every parameter in the order of the module, the vocabulary padded as it is in memory."""
     return [math.prod(shape) for _, shape in parameter_shapes(model)]
-
-
-# ---- one step ----
 
 
 def timeline(setup: Setup) -> Iterator[Moment]:

@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 
 from pretrain import memory, plan
-from pretrain.arguments import parse
+from pretrain.arguments import gives_sources, parse
 from pretrain.config import Config, EngineConfig
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.gpus import CARDS
@@ -90,7 +90,7 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
     """
     if options.gpus < 1:
         raise ConfigError(f"--gpus is {options.gpus}, expected at least 1")
-    argv = ["--config", options.config, "--data", "planned"]
+    argv = ["--config", options.config, *([] if gives_sources(others) else ["--data", "planned"])]
     if options.model:
         argv += ["--model.size", options.model]
         argv += [] if options.family else ["--model.family", ""]

@@ -38,7 +38,8 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     "model": ({"compiler", "document_mask", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
-        {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
+        {"manifest", "npz", "cache", "shards", "batches", "mixture", "data_stats", "lookup", "tokenizers"}
+        | PREPARATION,
         {"base", "storage"},
     ),
     "ranks": ({"ranks"}, {"base"}),
