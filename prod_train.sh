@@ -66,9 +66,13 @@ MIN_NODES="${NNODES%%:*}" MAX_NODES="${NNODES##*:}"
     "Give MAX_RESTARTS=3, say"
 [[ "$GRACE_S" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "GRACE_S=$GRACE_S is not a number of seconds" "Give GRACE_S=20, say"
 if [[ -z "${DATA:-}" ]]; then
-    [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
-        "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
-    DATA=data/training
+    if grep -qs '^ *sources:' "$CONFIG" "configs/$CONFIG.yaml"; then
+        DATA="" # a mixture, which the config names
+    else
+        [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
+            "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
+        DATA=data/training
+    fi
 fi
 
 bash setup_env.sh >&2
@@ -89,7 +93,8 @@ if [[ "$MAX_NODES" -gt 1 ]]; then
     launch+=("--nnodes=$NNODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT")
     if [[ -n "${MEET_S:-}" ]]; then launch+=("--rdzv_conf=join_timeout=$MEET_S"); fi
 fi
-train=(train.py --config "$CONFIG" --data "$DATA")
+train=(train.py --config "$CONFIG")
+if [[ -n "$DATA" ]]; then train+=(--data "$DATA"); fi
 if [[ -n "${VAL_DATA:-}" ]]; then train+=(--data.val_source "$VAL_DATA"); fi
 if [[ -n "${PRECISION:-}" ]]; then train+=(--precision "$PRECISION"); fi
 if [[ -n "${RUN:-}" ]]; then train+=(--run "$RUN"); fi

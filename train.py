@@ -116,6 +116,7 @@ def build(invocation: Invocation) -> Run:
         seed=config.run.seed,
         eval_sequences=config.train.eval_sequences,
     )
+    config = config.with_document_end(corpus.document_end)
     check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
     model = build_model(config, device, me, fresh=checkpoint is None)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
@@ -154,8 +155,9 @@ def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) ->
 
     from model import GPT
     from pretrain.compiler import compile_model
+    from pretrain.document_mask import DocumentMask
     from pretrain.engine.base import PRECISION_DTYPES
-    from pretrain.kernels import choose_attention
+    from pretrain.kernels import Masking, choose_attention
     from pretrain.pretrained import init_from
 
     if config.train.deterministic:
@@ -163,12 +165,14 @@ def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) ->
         torch.use_deterministic_algorithms(True)
     shape = config.model
     dtype = PRECISION_DTYPES[config.train.precision]
+    masking = Masking(shape.dropout, config.train.compile) if config.data.document_mask else None
     try:
-        attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim)
+        attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim, masking)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
     torch.manual_seed(config.run.seed)
-    model = GPT(shape, attention).to(device)
+    documents = DocumentMask(attention, config.data.eot_token_id) if masking else None
+    model = GPT(shape, attention, documents).to(device)
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )

@@ -126,6 +126,9 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     known = _flatten(dataclasses.asdict(Config()))
     from_cli, options, problems = _read_argv(argv, known)
     config_name, from_yaml, yaml_problems = _read_yaml(options.get("config", DEFAULT_CONFIG), known)
+    for here, other in (("data.source", "data.sources"), ("data.sources", "data.source")):
+        if here in from_cli and other not in from_cli:  # the command line's data replaces the file's
+            from_yaml.pop(other, None)
     settings = {**from_yaml, **from_cli}
     for field, names in SYNONYMS.items():
         if (written := str(settings.get(field)).lower()) in names:
@@ -151,10 +154,15 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     return Invocation(config, config_name, "debug" in options, "print_config" in options, "force" in options)
 
 
+def gives_sources(argv: Sequence[str]) -> bool:
+    """Whether a command line names a mixture, so that a script must not fill in another source."""
+    return any(word.partition("=")[0] == "--data.sources" for word in argv)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to the same tree."""
     plain = dataclasses.asdict(config)
-    plain["optim"]["betas"] = list(plain["optim"]["betas"])
+    plain["optim"]["betas"], plain["data"]["sources"] = list(plain["optim"]["betas"]), list(plain["data"]["sources"])
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -264,6 +272,8 @@ def _value_problem(parser: jsonargparse.ArgumentParser, key: str, value: Any) ->
         parser.parse_object(_nest({key: value}))
     except jsonargparse.ArgumentError as error:
         expected = str(error).split("Expected a ")[-1].split(". Got")[0]
+        if key == "data.sources":
+            expected = f"[{{source: gs://b/web, weight: 0.7}}, …]: {expected.splitlines()[-1].strip()}"
         expected = expected.replace("<class '", "").replace("'>", "").replace("typing.Literal", "one of ")
         return f"{key} is {value!r}, expected {expected}"
     return ""

@@ -74,13 +74,29 @@ class Batches:
                 f"Give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
             )
         self._epoch_cache: _Epoch | None = None
-        self._feed, self._prefetch_shards = feed, prefetch_shards
+        self.feeds: tuple[ShardFeed, ...] = () if feed is None else (feed,)
+        self._prefetch_shards = prefetch_shards
         self._wanted = (-1, -1)  # (epoch, group of shards) that the feed was told of
         self._reader = _Reader(self.shards, keep_open=feed is None)
 
     def files_processed(self, position: Position) -> int:
         """Shards taken to the end since the run began."""
         return position.epoch * len(self.shards) + position.shard
+
+    def windows_before(self, position: Position) -> int:
+        """Windows taken since the run began. Raises ValueError where this data doesn't have the position."""
+        return position.epoch * self.windows_per_epoch + self._epoch(position.epoch).taken(position)
+
+    def position_after(self, windows: int) -> Position:
+        """The reverse of `windows_before`; it names the shard whose windows come next."""
+        epoch, taken = divmod(windows, self.windows_per_epoch)
+        return self._epoch(epoch).position(taken)
+
+    def origins(self, position: Position) -> list[tuple[str, Batches, int]]:
+        """Of each window of the step at `position`: its source's name ('' where there is one only), that source, and
+        how many windows of it were taken before."""
+        first = self.windows_before(position)
+        return [("", self, first + row) for row in range(self.global_size)]
 
     def shards_between(self, begin: Position, end: Position) -> list[str]:
         """Names of the shards that the windows from one position up to another begin in, in the order they come."""
@@ -108,38 +124,45 @@ class Batches:
         """
         if self.global_size % world_size or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} can't split a global batch of {self.global_size}")
-        count = self.global_size // world_size
+        count, first = self.global_size // world_size, self.windows_before(position)
+        return self.read(first + rank * count, count), self.position_after(first + self.global_size)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The `count` windows taken after `first` others since the run began: (count, seq_len + 1) int64."""
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + rank * count
-        row = 0
+        number, taken = divmod(first, self.windows_per_epoch)
+        epoch, row = self._epoch(number), 0
         while row < count:
             if taken >= self.windows_per_epoch:
-                # A step may cross the end of an epoch: it goes on with the next one's first windows.
+                # They may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
             begins = epoch.windows(taken, count - row) * self.seq_len
             self._tell_feed(epoch, taken)
             self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
             row, taken = row + len(begins), taken + len(begins)
-        return batch, self._advance(position)
+        return batch
 
     def stream(self, position: Position, rank: int, world_size: int, prefetch: int = 4) -> ReadAhead[Position]:
         """`take` for ever, read up to `prefetch` steps ahead by a background thread.
 
-        The thread ends when the stream is closed, and the feed with it; what it raises is raised here.
+        The thread ends when the stream is closed, and what feeds it too; what it raises is raised here.
         """
-        interrupt = self._feed.close if self._feed else lambda: None
+
+        def interrupt() -> None:
+            for feed in self.feeds:
+                feed.close()
+
         return ReadAhead(lambda at: self.take(at, rank, world_size), position, prefetch, interrupt)
 
     @property
     def arrived(self) -> int:
         """Grows as long as data arrives."""
-        return self._feed.arrived if self._feed else 0
+        return sum(feed.arrived for feed in self.feeds)
 
     def _tell_feed(self, epoch: _Epoch, taken: int) -> None:
         """Have the shards fetched that the windows after `taken` others are read from, and those that come then."""
         group = epoch.group(taken)
-        if self._feed is None or self._wanted == (epoch.number, group):
+        if not self.feeds or self._wanted == (epoch.number, group):
             return
         self._wanted = (epoch.number, group)
         first, end = group * self.shuffle_shards, min((group + 1) * self.shuffle_shards, len(epoch.order))
@@ -148,15 +171,7 @@ class Batches:
         ahead = epoch.order[stop : stop + self._prefetch_shards]
         if (lacking := self._prefetch_shards - len(ahead)) > 0:
             ahead = np.concatenate([ahead, _shuffled(len(epoch.order), self.seed, epoch.number + 1, 0)[:lacking]])
-        self._feed.want(epoch.order[first:stop].tolist(), ahead.tolist())
-
-    def _advance(self, position: Position) -> Position:
-        """The position one step later; it names the shard whose windows come next."""
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + self.global_size
-        if taken >= self.windows_per_epoch:
-            epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
-        return epoch.position(taken)
+        self.feeds[0].want(epoch.order[first:stop].tolist(), ahead.tolist())
 
     def _epoch(self, number: int) -> _Epoch:
         # One is kept: the read-ahead thread and a caller may both replace it, and either result is right.

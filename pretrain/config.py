@@ -6,6 +6,7 @@ its own section, never the whole tree. How the command line and YAML become this
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,18 +25,37 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str
+    """Where its shards are, as `data.source`."""
+    weight: float
+    """Its part of the tokens, in proportion to the others'."""
+    name: str = ""
+    """What metrics call it; empty: the last part of `source`."""
+
+    @property
+    def title(self) -> str:
+        """Its name, given or not."""
+        return self.name or self.source.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
     """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…;
     with `tokenizer` raw text: a file, a folder or a glob, also gs:// and hf://datasets/…"""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of `source`, a mixture: [{source: gs://b/web, weight: 0.7}, {source: gs://b/code, weight: 0.3}]"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
     """Where the validation shards are; empty: no validation."""
     max_files: int = 0
-    """Use only the first so many shards by name; 0: all."""
+    """Use only the first so many shards of a source by name; 0: all."""
     cache_dir: str = "cache"
     """Folder of the verified, memory-mapped copies of the shards."""
     pad_token_id: int = -1
@@ -57,6 +77,10 @@ class DataConfig:
     """Shards that are fetched ahead of those which are trained on, in the order of their turn."""
     cache_gb: float = 0.0
     """Bound on a node's `cache_dir`, in GB (10^9 bytes): the least recently used shards make room; 0: no bound."""
+    document_mask: bool = False
+    """Attention never crosses a document, and positions restart with each."""
+    eot_token_id: int = -1
+    """Token id that ends a document, for `document_mask`; -1: the data's manifest.json tells it."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +262,12 @@ class Config:
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step, over all ranks."""
         return self.batch.global_size * self.model.seq_len
+
+    def with_document_end(self, token_id: int | None) -> Config:
+        """The same with `data.eot_token_id` as the data's manifest told it; None: nobody needs it."""
+        if token_id is None:
+            return self
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, eot_token_id=token_id))
 
     def total_steps(self, windows_per_epoch: int) -> int:
         """Optimizer steps of the whole run.

@@ -23,6 +23,7 @@ from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_fl
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.metrics import Metrics
+from pretrain.mixture import Mixture
 from pretrain.plan import make_setup
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
@@ -97,6 +98,9 @@ class Run:
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
+        if isinstance(self.corpus.batches, Mixture):
+            for line in self.corpus.batches.outlook(self.total_steps):
+                logger.info(line)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
     def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
@@ -158,6 +162,7 @@ class Run:
                 "tokens": progress.tokens,
                 "loss": loss,
                 "val_loss": val_loss,
+                **self.shares(),
                 "lr": lr,
                 "grad_norm": result.grad_norm,
                 "loss_scale": self.loss_scale,
@@ -170,6 +175,17 @@ class Run:
                 **self.monitor.sample(),
             }
         )
+
+    def shares(self) -> dict[str, float]:
+        """share/NAME and tokens/NAME of each source of a mixture: its part of what was read, and the target tokens.
+
+        Read are also the windows that a roll-back passed over.
+        """
+        batches = self.corpus.batches
+        given = batches.windows_of(self.progress.position) if isinstance(batches, Mixture) else {}
+        total, seq_len = sum(given.values()) or 1, self.config.model.seq_len
+        found: dict[str, float] = {f"share/{name}": count / total for name, count in given.items()}
+        return found | {f"tokens/{name}": count * seq_len for name, count in given.items()}
 
     def sample(self) -> None:
         """Have the model continue `log.sample_prompt`, where there is one. Every rank must call it."""
@@ -196,6 +212,7 @@ class Run:
             "steps_of_this_process": progress.step - self.first_step,
             "tokens": progress.tokens,
             "files_processed": progress.files,
+            **self.shares(),
             "shards_skipped": len(self.corpus.skipped_shards),
             "skipped_shard_names": list(self.corpus.skipped_shards),
             "updates_skipped": progress.skipped_updates,
@@ -241,5 +258,6 @@ class Run:
 def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
     """See `budget.check_memory`."""
     engine, optim, precision = config.engine, config.optim, config.train.precision
-    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
+    masked = config.data.document_mask
+    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size, masked)
     return budget.check_memory(setup, device, ranks, force)
