@@ -4,14 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.config import BatchConfig, CheckpointConfig, Config
+from pretrain.config import BatchConfig, CheckpointConfig, Config, LogConfig, TrainConfig, profile_steps
 from pretrain.model_config import model_problems
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
     problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
-    return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
+    problems += [
+        *_budget_problems(config.train),
+        *_profile_problems(config.log),
+        *_place_problems(config.checkpoint.url),
+    ]
+    return problems + _same_place_problems(config.checkpoint)
+
+
+def _budget_problems(train: TrainConfig) -> list[str]:
+    amounts = ("budget_hours", "budget_usd", "price_per_gpu_hour")
+    problems = [
+        f"train.{name} is {value:g}, expected a positive number, or 0 for none"
+        for name in amounts
+        if (value := getattr(train, name)) < 0
+    ]
+    if train.budget_usd > 0 and train.price_per_gpu_hour == 0:
+        what = "train.budget_usd is set and train.price_per_gpu_hour is not"
+        problems.append(f"{what}: give --price_per_gpu_hour, what a GPU costs for an hour")
+    return problems
+
+
+def _profile_problems(log: LogConfig) -> list[str]:
+    try:
+        steps = profile_steps(log.profile)
+    except ValueError as error:
+        return [str(error)]
+    return ["log.profile needs log.telemetry"] if steps and not log.telemetry else []
 
 
 def _same_place_problems(checkpoint: CheckpointConfig) -> list[str]:

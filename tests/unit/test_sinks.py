@@ -162,7 +162,7 @@ def test_wandb_trouble_never_stops_the_training(wandb, tmp_path, fail):
     fake = wandb(fail)
     sink = open_wandb(tmp_path)
     sink.write(RECORD)
-    sink.write(RECORD)
+    sink.write(RECORD | {"step": 4})
     sink.summary({"steps": 3})
     sink.close()
     assert len(fake.logged) == (0 if fail in ("log", "init offline") else 2)
