@@ -56,7 +56,7 @@ class PowerFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("ab+") as file:
             begin = file.seek(max(file.tell() - LONGEST_ROW, 0))
-            whole = begin + file.read().rfind(b"\n") + 1
+            whole = begin + file.read(LONGEST_ROW).rfind(b"\n") + 1
             file.truncate(whole)
         self._file = self._path.open("a", encoding="ascii")
         if not whole:

@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 
 RUN_ID_FILE = "wandb_run_id"
 PATIENCE_S = 20  # a run waits no longer than this for W&B at its start, nor at its end: spot machines give 30 s
+FLUSH_S = 1.0
 
 _log = log.get(__name__)
 
@@ -101,7 +102,8 @@ class WandbSink(Sink):
     """Weights & Biases, offline where no API key is set; whatever goes wrong there is a warning and no more.
 
     The run id is kept in `folder`/wandb_run_id, so that a resumed run goes on as the same W&B run. W&B can't take back
-    what it was sent, so steps that are taken again are not sent again: each stands there once, as it was first.
+    what it was sent, so steps that are taken again are not sent again: each stands there once, as it was first. Of a
+    process that was killed the steps of its last second may be missing.
 
     Args:
         shown_until: the last step that an earlier process of the same W&B run has shown.
@@ -144,6 +146,7 @@ class WandbSink(Sink):
             init_timeout=PATIENCE_S,
             finish_timeout=PATIENCE_S,
             finish_timeout_raises=True,
+            x_transaction_log_flush_interval=FLUSH_S,  # a kill loses what the offline file does not have yet
         )
         resume = "allow" if mode == "online" else None  # offline the id alone does it
         self._run = self._wandb.init(
