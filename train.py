@@ -80,7 +80,7 @@ def train(invocation: Invocation) -> int:
 
     end_with_launcher()
     run = build(invocation)
-    with run.metrics, run.keeper, stop_request() as stop:
+    with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
             run.beat, run.excuse = watchdog.beat, watchdog.excuse
             loop(run, stop)
@@ -98,9 +98,8 @@ def build(invocation: Invocation) -> Run:
     from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
-    from pretrain.metrics import open_metrics
     from pretrain.progress import Progress
-    from pretrain.run import Run, check_memory
+    from pretrain.run import Run, check_memory, open_instruments
 
     config, run_name = invocation.config, invocation.config.run.name
     device, me = meet(config, invocation.debug)
@@ -126,11 +125,9 @@ def build(invocation: Invocation) -> Run:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
-    steps = {"total_steps": total_steps, "first_step": progress.step}
-    metrics = open_metrics(config.log, run_name, settings=dataclasses.asdict(config), rank=me.rank, **steps)
-    return Run(
-        config, me, device, corpus, model, engine, keeper, metrics, history, watch, progress, total_steps, prediction
-    )
+    instruments = open_instruments(config, me, device, total_steps, progress.step, checkpoint)
+    parts = (config, me, device, corpus, model, engine, keeper, *instruments, history, watch, progress)
+    return Run(*parts, total_steps, prediction)
 
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
@@ -212,8 +209,9 @@ def loop(run: Run, stop: StopRequest) -> None:
 
     stream = run.corpus.batches.stream(run.progress.position, run.ranks.rank, run.ranks.world_size)
     due = False
+    run.check_budget()
     with contextlib.closing(stream):
-        while run.progress.step < run.total_steps:
+        while run.progress.step < run.total_steps and not run.spent:
             waited_s = run.await_batch(stream, stop)
             if run.stopped:
                 break
@@ -230,8 +228,11 @@ def loop(run: Run, stop: StopRequest) -> None:
             due = due and bool(run.watch.skipped_in_a_row)
             run.record_events()
             run.keeper.check()
+            run.check_budget()
     if run.stopped and run.ranks.is_first:
         logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
+    elif run.spent and run.ranks.is_first:
+        logger.warning("%s: ending at step %d of %d", run.spent, run.progress.step, run.total_steps)
 
 
 def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s: float = 0.0) -> Trouble | None:
@@ -249,7 +250,6 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s:
     config = run.config
     started = time.perf_counter() - waited_s
     tokens, position = next(stream)
-    data_wait_s = time.perf_counter() - started
     lr = learning_rate(run.engine.state().optimizer_steps, run.total_steps, config.optim)
     # Dropout's randomness is a function of where the run stands, so there is no generator state to save.
     torch.manual_seed(step_seed(config.run.seed, run.progress.step, run.ranks.rank))
@@ -267,9 +267,10 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s:
     first, last = progress.step == run.first_step + 1, progress.step == run.total_steps
     evaluates = trouble is None and (last or divides(config.train.eval_interval, progress.step))
     if evaluates:
-        evaluate(run)
+        with run.phase("eval"):
+            evaluate(run)
     if first or last or evaluates or trouble or divides(config.log.interval, progress.step):
-        run.record(result, loss, lr, step_s, data_wait_s, run.val_loss if evaluates else None)
+        run.record(result, loss, lr, run.val_loss if evaluates else None)
     return trouble
 
 
@@ -307,13 +308,15 @@ def save(run: Run, may_skip: bool = False) -> None:
     from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
+    run.metrics.event("checkpoint_begun", step=run.progress.step)
     documents = checkpoint_documents(
-        run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch
+        run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch, run.ledger()
     )
     documents["config.yaml"] = to_yaml(run.config)
     if run.corpus.tokenizer is not None:
         documents[TOKENIZER_NAME] = run.corpus.tokenizer
-    stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents, may_skip=may_skip)
+    with run.phase("checkpoint"):
+        stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents, may_skip=may_skip)
     if stall_ms is not None:
         logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
 

@@ -47,6 +47,8 @@ ALIASES: dict[str, str] = {
     "--checkpoints": "checkpoint.url",
     "--resume": "checkpoint.resume",
     "--lr": "optim.lr",
+    "--profile": "log.profile",
+    "--price_per_gpu_hour": "train.price_per_gpu_hour",
 }
 SWITCHES: dict[str, tuple[str, Any]] = {
     "--no-background-upload": ("checkpoint.background_upload", False),
@@ -54,6 +56,7 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--no-tensorboard": ("log.tensorboard", False),
     "--wandb": ("log.wandb", True),
     "--no-wandb": ("log.wandb", False),
+    "--no-telemetry": ("log.telemetry", False),
     "--deterministic": ("train.deterministic", True),
     "--compile": ("train.compile", True),
 }

@@ -155,6 +155,13 @@ class TrainConfig:
     supervisor to start again; longer than the slowest step with its validation and its save. 0: it waits for ever."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
+    budget_hours: float = 0.0
+    """Hours that the run may take over all its starts; then it saves and ends (exit 0). 0: no limit."""
+    budget_usd: float = 0.0
+    """What the run may cost over all its starts at `price_per_gpu_hour`; then it saves and ends (exit 0). 0: no
+    limit."""
+    price_per_gpu_hour: float = 0.0
+    """What one GPU costs for an hour, each rank counting as one; 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +246,31 @@ class LogConfig:
     """Tokens of a sample."""
     wandb_project: str = "refocused-gpt"
     """Project on Weights & Biases."""
+    telemetry: bool = True
+    """Measure phases, memory and power all the time: see docs/telemetry.md. It takes less than 1 % of a step."""
+    profile: str = ""
+    """START:STOP: steps, both included, that rank 0 traces with torch.profiler into the log folder; empty: none."""
     version_check: bool = True
     """Compare installed packages with requirements.txt at start and refuse to run on others."""
+
+
+MOST_PROFILED = 100  # a trace of more steps is too big to be opened
+
+
+def profile_steps(text: str) -> range:
+    """The steps, counted from 1, that `log.profile` names; an empty range for an empty text.
+
+    Raises:
+        ValueError: it is not START:STOP.
+    """
+    if not text:
+        return range(0)
+    start, separator, stop = text.partition(":")
+    if not (separator and start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise ValueError(f"log.profile is {text!r}, expected START:STOP, say 10:12 for the steps 10, 11 and 12")
+    if int(stop) - int(start) >= MOST_PROFILED:
+        raise ValueError(f"log.profile {text} is more than {MOST_PROFILED} steps: a trace of them is too big to open")
+    return range(int(start), int(stop) + 1)
 
 
 @dataclass(frozen=True)

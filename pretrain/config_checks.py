@@ -6,7 +6,7 @@ import math
 import re
 from pathlib import Path
 
-from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, TrainConfig
+from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, LogConfig, TrainConfig, profile_steps
 from pretrain.model_config import ModelConfig, model_problems
 
 
@@ -15,7 +15,29 @@ def validate(config: Config, world_size: int) -> list[str]:
     problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
     problems += _source_problems(config.data, config.train) + _data_problems(config.data)
     problems += _mask_problems(config.data, config.model, config.train)
+    problems += _budget_problems(config.train) + _profile_problems(config.log)
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
+
+
+def _budget_problems(train: TrainConfig) -> list[str]:
+    amounts = ("budget_hours", "budget_usd", "price_per_gpu_hour")
+    problems = [
+        f"train.{name} is {value:g}, expected a positive number, or 0 for none"
+        for name in amounts
+        if (value := getattr(train, name)) < 0
+    ]
+    if train.budget_usd > 0 and train.price_per_gpu_hour == 0:
+        what = "train.budget_usd is set and train.price_per_gpu_hour is not"
+        problems.append(f"{what}: give --price_per_gpu_hour, what a GPU costs for an hour")
+    return problems
+
+
+def _profile_problems(log: LogConfig) -> list[str]:
+    try:
+        steps = profile_steps(log.profile)
+    except ValueError as error:
+        return [str(error)]
+    return ["log.profile needs log.telemetry"] if steps and not log.telemetry else []
 
 
 def _source_problems(data: DataConfig, train: TrainConfig) -> list[str]:

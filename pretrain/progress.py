@@ -150,12 +150,14 @@ def checkpoint_documents(
     order: DataOrder,
     about: Mapping[str, Any],
     watch: Watch | None = None,
+    ledger: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The JSON documents of a checkpoint, by file name.
 
     Args:
         about: what is constant in a run (its name, the model, the machine), for metadata.json.
         watch: for divergence.
+        ledger: what the run has taken so far, for a resume on a machine without its logs.
     """
     measured = history.state()
     trainer_state = {
@@ -164,6 +166,7 @@ def checkpoint_documents(
         "order": asdict(order),
         "history": measured,
         "divergence": watch.state() if watch else {},
+        "ledger": dict(ledger or {}),
     }
     completed = {
         "completed_steps": progress.step,
@@ -211,6 +214,19 @@ def read_progress(
             f"{reader.folder / TRAINER_STATE_FILE} can't be read: {type(error).__name__}: {error}",
             "Resume with the version that wrote it, or from another checkpoint.",
         ) from error
+
+
+def carried_ledger(reader: CheckpointReader) -> dict[str, Any]:
+    """What the run had taken when this checkpoint was saved; {} of a version that did not keep it.
+
+    Raises:
+        CheckpointError: trainer_state.json can't be read.
+    """
+    try:
+        tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
+        return dict(tree.get("ledger", {}))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{reader.folder / TRAINER_STATE_FILE} can't be read: {error}") from error
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

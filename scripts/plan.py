@@ -49,6 +49,7 @@ SHORT_FORMS = {
     "--vocab_size": "model.vocab_size",
     "--family": "model.family",
     "--activation_checkpointing": "model.activation_checkpointing",
+    "--price_per_gpu_hour": "train.price_per_gpu_hour",
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
 COMPARED_SIZES = 5
@@ -88,7 +89,6 @@ def build_parser() -> argparse.ArgumentParser:
     for option, field in SHORT_FORMS.items():
         parser.add_argument(option, help=f"as --{field}")
     parser.add_argument("--shards", type=int, default=0, help="files that hold the tokens, for the bucket's traffic")
-    parser.add_argument("--price_per_gpu_hour", type=float, default=0.0, help="of one GPU, in your currency")
     parser.add_argument("--compare", action="store_true", help="engines × activation checkpointing × micro batch")
     parser.add_argument("--scaling", action="store_true", help="engines × 1 to 64 nodes: bytes, step, efficiency")
     parser.add_argument("--models", action="store_true", help="every size with its exact count")
@@ -165,7 +165,7 @@ def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: arg
         "gpu_hours": round(hours * setup.world_size, 1),
         "energy_kwh": round(hours * setup.world_size * gpu.power_w / 1000, 1),
         "power_w_per_gpu": gpu.power_w,
-        "cost": round(hours * setup.world_size * options.price_per_gpu_hour, 2) or None,
+        "cost": round(hours * setup.world_size * config.train.price_per_gpu_hour, 2) or None,
         "checkpoint_gb": round(checkpoint / GB, 2),
         "checkpoints": count,
         "uploaded_gb": None if count is None else round(count * checkpoint / GB, 1),

@@ -17,6 +17,10 @@ from pretrain.failpoints import failpoint
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
+# Told each phase of a step as it begins: "forward", "backward", "optimizer", and "other" when the step is over. A phase
+# ends where the next one begins; with several micro-batches they come several times.
+Mark = Callable[[str], None]
+
 # Of one parameter: {"weight": …, "exp_avg": …, "exp_avg_sq": …}, each fp32 and of the parameter's full shape.
 ParameterState = dict[str, Tensor]
 
@@ -55,10 +59,15 @@ class EngineState:
         return asdict(self)
 
 
+def no_mark(phase: str) -> None:
+    """A Mark where nobody listens."""
+
+
 class Engine(Protocol):
     """What the training loop and the checkpoints ask of an engine."""
 
     name: str
+    mark: Mark
     forward_is_collective: bool
     """Whether a forward pass gathers weights from the other ranks, which must then take part in each one."""
 

@@ -19,9 +19,11 @@ from pretrain.engine.base import (
     ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
+    Mark,
     ParameterState,
     StepResult,
     evaluate,
+    no_mark,
     nothing,
     split_targets,
     watched,
@@ -85,6 +87,7 @@ class FsdpEngine:
         ranks: Ranks,
     ) -> None:
         self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
         self._module = model.to(device)
         self._sharded = shard(self._module, make_mesh(engine, device, ranks), precision)
         self._device = device
@@ -104,11 +107,15 @@ class FsdpEngine:
         for number, tokens in enumerate(micro_batches, 1):
             if self._reduces_at_the_end:
                 self._sharded.set_requires_gradient_sync(number == len(micro_batches))
+            self.mark("forward")
             loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
+        self.mark("optimizer")
         norm = self._gradient_norm()
         applied = self._update(norm)
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     def _gradient_norm(self) -> float:

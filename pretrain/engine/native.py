@@ -16,9 +16,11 @@ from pretrain.engine.base import (
     ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
+    Mark,
     ParameterState,
     StepResult,
     evaluate,
+    no_mark,
     nothing,
     split_targets,
     watched,
@@ -53,6 +55,7 @@ class NativeEngine:
             "native" if engine.name == "deepspeed" else engine.name
         )  # it stands in where DeepSpeed can't run
         self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
         self._module = model.to(device)
         self._device = device
         self._clip = optim.clip
@@ -77,17 +80,21 @@ class NativeEngine:
             group["lr"] = lr
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
+            self.mark("forward")
             loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             if self._reducer is not None and number == len(micro_batches):
                 self._reducer.start()
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
             self._collect_gradients()
         if self._reducer is not None:
             self._reducer.finish()
+        self.mark("optimizer")
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self._loss_scale.scale
         applied = self._update(norm)
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     def _collect_gradients(self) -> None:

@@ -23,7 +23,17 @@ from torch import Tensor, nn
 
 from pretrain import log
 from pretrain.config import OptimConfig
-from pretrain.engine.base import EngineState, ParameterState, StepResult, evaluate, nothing, split_targets, watched
+from pretrain.engine.base import (
+    EngineState,
+    Mark,
+    ParameterState,
+    StepResult,
+    evaluate,
+    no_mark,
+    nothing,
+    split_targets,
+    watched,
+)
 from pretrain.engine.zero_states import states_of
 from pretrain.optim import LossScale, build_adamw, parameter_groups
 
@@ -77,6 +87,7 @@ class ZeroEngine:
         import deepspeed
 
         self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
         backend = "nccl" if device.type == "cuda" else "gloo"
         model.to(device)
         self._stage: int = settings["zero_optimization"]["stage"]
@@ -127,10 +138,13 @@ class ZeroEngine:
             group["lr"] = lr
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
+            self.mark("forward")
             loss = watched(self._engine(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             # ZeRO-0 divides by the loss scale, and does not multiply by it
             self._engine.backward(loss * self._loss_scale.scale if self._stage == 0 else loss)
+            self.mark("optimizer")
             if number == len(micro_batches):
                 self.before_update()
                 if self._is_plain:
@@ -143,6 +157,7 @@ class ZeroEngine:
             self._loss_scale.update(finite=applied)
             self._scaler.cur_scale = self._loss_scale.scale
         self._optimizer_steps += applied
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,9 @@ def await_batch(looks, *, arrives_at=(), others=(), stops_at=0):
         corpus=SimpleNamespace(batches=batches),
         ranks=SimpleNamespace(any_of=any_of),
         excuse=lambda: excuses.append(stream.n_looks),
+        telemetry=SimpleNamespace(begin_step=lambda step: None),
+        phase=lambda name: contextlib.nullcontext(),
+        progress=SimpleNamespace(step=4),
         stopped=False,
     )
     return run, stream, Run.await_batch(run, stream, Stop()), excuses
