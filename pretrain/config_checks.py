@@ -7,6 +7,8 @@ from pathlib import Path
 from pretrain.config import BatchConfig, CheckpointConfig, Config
 from pretrain.model_config import model_problems
 
+NO_SOURCE = "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"
+
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
@@ -54,7 +56,7 @@ def _range_problems(config: Config) -> list[str]:
     """Fields outside the range in which they mean something."""
     c = config
     rules = [
-        (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
+        (not c.data.source, NO_SOURCE),
         (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
         (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
         (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),

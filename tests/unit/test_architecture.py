@@ -83,7 +83,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"},
         {"base", "storage"},
     ),
-    "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
+    "plan": ({"activations", "host_memory", "memory", "plan"}, {"base", "engine"}),
     "run": (
         {
             "alike",
@@ -108,6 +108,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "watchdog",
         },
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "inference", "metrics", "plan"},
+    ),
+    "doctor": (
+        {"bandwidth", "data_checks", "doctor", "gpu_checks", "machine_checks", "storage_checks", "torch_checks"},
+        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "metrics", "plan", "run"},
     ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
