@@ -162,8 +162,12 @@ def engine(config: EngineConfig) -> Finding:
     return ok("engine", what)
 
 
-def gpu_memory(setup: Setup) -> Finding:
-    """The plan's memory against every GPU's."""
+def gpu_memory(setup: Setup, forced: bool) -> Finding:
+    """The plan's memory against the smallest GPU's.
+
+    Args:
+        forced: whether training is to begin although it can't fit (--force).
+    """
     if device().type == "cpu":
         return skip("gpu_memory", "no GPU: see host_memory")
     smallest = min(range(torch.cuda.device_count()), key=lambda i: torch.cuda.get_device_properties(i).total_memory)
@@ -174,6 +178,8 @@ def gpu_memory(setup: Setup) -> Finding:
     if budget.feasible:
         return ok("gpu_memory", f"{what}; the largest micro batch is {budget.largest_micro_size}", **figures)
     mend = f"Give {', or '.join(plan.mends(setup, budget.gpu))}."
+    if forced:
+        return warn("gpu_memory", what, mend, **figures)
     return fail("gpu_memory", ConfigError(what, mend), **figures)
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.text import Text
 
 from pretrain import data_checks, gpu_checks, log, machine_checks, plan, storage_checks, torch_checks
-from pretrain.arguments import ROOT, parse
+from pretrain.arguments import ROOT, Invocation, parse
 from pretrain.checks import device_title, result
 from pretrain.config import Config
 from pretrain.config_checks import NO_SOURCE
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         gpus = gpu_checks.count_gpus()
         ranks = options.ranks or max(gpus, 1)
-        config = read_config(words, ranks * options.nodes)
-        questions = chosen(questions_for(config, gpus, ranks, options.nodes), options.only)
+        invocation = read_words(words, ranks * options.nodes)
+        questions = chosen(questions_for(invocation, gpus, ranks, options.nodes), options.only)
         findings = examine(questions, console, options.debug)
     except TrainerError as error:
         print(error.line(), file=sys.stderr)
@@ -80,24 +80,26 @@ def parse_options(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[
     return options, words
 
 
-def read_config(words: Sequence[str], world_size: int) -> Config:
-    """The settings that train.py would have; without any word of data, those of the machine alone.
+def read_words(words: Sequence[str], world_size: int) -> Invocation:
+    """What train.py would make of these options; without any word of data, a run that has none.
 
     Raises:
         ConfigError: all that is wrong with them.
     """
     names_data = any(word.split("=")[0] in DATA_OPTIONS for word in words)
     try:
-        return parse([*words, *([] if names_data else ["--data", ""])], world_size).config
+        return parse([*words, *([] if names_data else ["--data", ""])], world_size)
     except ConfigError as error:
         if error.problems != [NO_SOURCE]:
             raise
-    config = parse([*words, "--data", UNNAMED], world_size).config
-    return replace(config, data=replace(config.data, source=""))
+    invocation = parse([*words, "--data", UNNAMED], world_size)
+    config = invocation.config
+    return replace(invocation, config=replace(config, data=replace(config.data, source="")))
 
 
-def questions_for(config: Config, gpus: int, ranks: int, nodes: int) -> list[Question]:
+def questions_for(invocation: Invocation, gpus: int, ranks: int, nodes: int) -> list[Question]:
     """Everything to look at, each with its own section of the config."""
+    config = invocation.config
     setup = plan.make_setup(
         config.model, config.batch, config.engine, config.optim, config.train.precision, ranks * nodes
     )
@@ -110,20 +112,20 @@ def questions_for(config: Config, gpus: int, ranks: int, nodes: int) -> list[Que
         Question("driver", gpu_checks.driver),
         Question("gpu_health", gpu_checks.health),
     ]
-    return [*machine, *torch_questions(config, setup, gpus, ranks), *storage_questions(config)]
+    return [*machine, *torch_questions(invocation, setup, gpus, ranks), *storage_questions(config)]
 
 
-def torch_questions(config: Config, setup: Setup, gpus: int, ranks: int) -> list[Question]:
+def torch_questions(invocation: Invocation, setup: Setup, gpus: int, ranks: int) -> list[Question]:
     """What torch does on this machine."""
-    train, model = config.train, config.model
+    train, model, engine = invocation.config.train, invocation.config.model, invocation.config.engine
     kernel = (model.attention, train.precision, model.head_dim)
     return [
         Question("torch", torch_checks.build, (gpus,), timeout_s=60),
         Question("precision", torch_checks.precision, (train.precision,), timeout_s=60),
         Question("attention", torch_checks.attention, kernel, timeout_s=60),
         Question("compile", torch_checks.compilation, (train.compile,), timeout_s=120),
-        Question("engine", torch_checks.engine, (config.engine,), timeout_s=60),
-        Question("gpu_memory", torch_checks.gpu_memory, (setup,)),
+        Question("engine", torch_checks.engine, (engine,), timeout_s=60),
+        Question("gpu_memory", torch_checks.gpu_memory, (setup, invocation.force)),
         Question("all_reduce", torch_checks.reduction, (setup, gpus, ranks), timeout_s=90),
     ]
 
