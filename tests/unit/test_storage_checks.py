@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
 from email.utils import formatdate
@@ -155,7 +156,7 @@ def clock(monkeypatch) -> Iterator[types.SimpleNamespace]:
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
             self.send_response_only(404)
-            self.send_header("Date", formatdate(storage_checks.time.time() + state.ahead_s, usegmt=True))
+            self.send_header("Date", formatdate(time.time() + state.ahead_s, usegmt=True))
             self.end_headers()
 
         def log_message(self, format: str, *args: object) -> None: ...
