@@ -12,7 +12,11 @@ NO_SOURCE = "data.source is empty: give --data gs://bucket/prefix or a folder of
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems = [
+        *model_problems(config.model),
+        *_batch_problems(config.batch.settled, world_size),
+        *_range_problems(config),
+    ]
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
 
 

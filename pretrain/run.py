@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_fl
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.metrics import Metrics
+from pretrain.micro_batch import choose_micro_size
 from pretrain.plan import make_setup
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
@@ -208,6 +210,16 @@ class Run:
             ("go on", again) if self.stopped else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
         ]
+
+
+def settle_micro_size(config: Config, device: torch.device, ranks: Ranks) -> Config:
+    """The config with the micro batch chosen, where it is auto; see `micro_batch.choose_micro_size`."""
+    if not config.batch.is_auto:
+        return config
+    engine, optim, precision = config.engine, config.optim, config.train.precision
+    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
+    size = choose_micro_size(setup, device, ranks)
+    return dataclasses.replace(config, batch=dataclasses.replace(config.batch, micro_size=size))
 
 
 def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:

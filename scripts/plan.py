@@ -56,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup = plan.make_setup(
             config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
         )
+        if config.batch.is_auto:
+            largest = memory.largest_micro_size(setup, memory.available_bytes(gpu.memory_bytes))
+            setup = setup.with_micro_size(largest or 1)
         if options.compare:
             return show_comparison(setup, gpu, config, console, options.json)
         return show_plan(setup, gpu, config, options, console)
