@@ -27,7 +27,7 @@ from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
 from pretrain.failpoints import failpoint
-from pretrain.reports import end_at_once, explain, report
+from pretrain.reports import end_at_once, explain, memory_advice, report
 from pretrain.versions import check_versions
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def train(invocation: Invocation) -> int:
     with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
             run.beat, run.excuse = watchdog.beat, watchdog.excuse
-            loop(run, stop)
+            with memory_advice(run.config.batch, run.config.model, run.ranks.world_size):
+                loop(run, stop)
         return close(run)
 
 
@@ -98,11 +99,13 @@ def build(invocation: Invocation) -> Run:
     from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
+    from pretrain.outset import check_memory, open_instruments, settle_micro_size
     from pretrain.progress import Progress
-    from pretrain.run import Run, check_memory, open_instruments
+    from pretrain.run import Run
 
     config, run_name = invocation.config, invocation.config.run.name
     device, me = meet(config, invocation.debug)
+    config = settle_micro_size(config, device, me)
     prediction = check_memory(config, device, me, invocation.force)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()

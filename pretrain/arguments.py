@@ -60,10 +60,12 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--deterministic": ("train.deterministic", True),
     "--compile": ("train.compile", True),
 }
-SYNONYMS: dict[str, dict[str, str]] = {
+AUTO = "auto"
+SYNONYMS: dict[str, dict[str, Any]] = {
     # field: {what people write: what it is called here}
     "train.precision": {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
     "model.activation_checkpointing": {"true": "full", "false": "none"},
+    "batch.micro_size": {AUTO: 0},
 }
 
 
@@ -151,7 +153,8 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     )
     problems = validate(config, world_size) + engine_problems(config.engine, world_size)
     if not problems and config.engine.name == "deepspeed":
-        _, problems = deepspeed_settings(config.engine, config.optim, config.batch, config.train.precision, world_size)
+        batch = config.batch.settled
+        _, problems = deepspeed_settings(config.engine, config.optim, batch, config.train.precision, world_size)
     if problems:
         raise ConfigError(problems)
     return Invocation(config, config_name, "debug" in options, "print_config" in options, "force" in options)
@@ -166,6 +169,7 @@ def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to the same tree."""
     plain = dataclasses.asdict(config)
     plain["optim"]["betas"], plain["data"]["sources"] = list(plain["optim"]["betas"]), list(plain["data"]["sources"])
+    plain["batch"]["micro_size"] = plain["batch"]["micro_size"] or AUTO
     return yaml.safe_dump(plain, sort_keys=False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pretrain.model_config import ModelConfig
@@ -90,7 +90,17 @@ class BatchConfig:
     global_size: int = 128
     """Sequences in one optimizer step, over all ranks."""
     micro_size: int = 8
-    """Sequences in one forward pass of one rank."""
+    """Sequences in one forward pass of one rank; auto (or 0): the largest that fits, found at start."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the micro batch is still to be chosen."""
+        return self.micro_size == 0
+
+    @property
+    def settled(self) -> BatchConfig:
+        """The same; where the micro batch is still to be chosen, with the least that it can be."""
+        return replace(self, micro_size=1) if self.is_auto else self
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of each rank in one optimizer step."""

@@ -9,10 +9,16 @@ from pathlib import Path
 from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, LogConfig, TrainConfig, profile_steps
 from pretrain.model_config import ModelConfig, model_problems
 
+NO_SOURCE = "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards, or data.sources"
+
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems = [
+        *model_problems(config.model),
+        *_batch_problems(config.batch.settled, world_size),
+        *_range_problems(config),
+    ]
     problems += _source_problems(config.data, config.train) + _data_problems(config.data)
     problems += _mask_problems(config.data, config.model, config.train)
     problems += _budget_problems(config.train) + _profile_problems(config.log)
@@ -42,8 +48,7 @@ def _profile_problems(log: LogConfig) -> list[str]:
 
 def _source_problems(data: DataConfig, train: TrainConfig) -> list[str]:
     if not data.sources:
-        mend = "give --data gs://bucket/prefix or a folder of .npz shards, or data.sources"
-        return [] if data.source else [f"data.source is empty: {mend}"]
+        return [] if data.source else [NO_SOURCE]
     names = [each.title for each in data.sources]
     rules = [
         (data.source, f"data.source {data.source} and data.sources exclude each other: leave out one"),

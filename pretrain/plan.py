@@ -123,6 +123,7 @@ def make_setup(
     Raises:
         ConfigError: ds_config.json can't be used.
     """
+    batch = batch.settled
     sharding = Sharding(engine.name)
     if engine.name == "fsdp":
         node = min(GPUS_OF_A_NODE, world_size) if engine.fsdp_shard == "hybrid" else 0

@@ -6,17 +6,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from model import GPT
 from pretrain import budget, log
 from pretrain.batches import Position
 from pretrain.budget import Prediction
-from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
 from pretrain.corpus import Corpus
 from pretrain.divergence import Watch
@@ -27,15 +25,14 @@ from pretrain.hardware import describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.ledger import spent_budget
-from pretrain.metrics import Metrics, open_metrics
+from pretrain.metrics import Metrics
 from pretrain.mixture import Mixture
-from pretrain.plan import make_setup
 from pretrain.power import EnergyWindow
-from pretrain.progress import Progress, carried_ledger
+from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 from pretrain.read_ahead import ReadAhead
 from pretrain.stopping import StopRequest
-from pretrain.telemetry import Telemetry, open_telemetry
+from pretrain.telemetry import Telemetry
 
 LOOK_EVERY_S = 0.5  # while a batch is waited for: for a signal, and whether data arrives
 
@@ -303,45 +300,3 @@ class Run:
             ("go on", again) if ended_early else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
         ]
-
-
-def open_instruments(
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    total_steps: int,
-    first_step: int,
-    checkpoint: CheckpointReader | None,
-) -> tuple[Metrics, Telemetry]:
-    """What a run is measured and recorded with; see open_metrics and open_telemetry.
-
-    Args:
-        first_step: steps already done.
-        checkpoint: that was resumed.
-    """
-    name = config.run.name
-    telemetry = open_telemetry(config.log, name, device, ranks.rank, ranks.local_rank, ranks.local_world_size)
-    start = {  # what the books must know of this process
-        "process_began": psutil.Process().create_time(),
-        "world_size": ranks.world_size,
-        "measures_energy": telemetry.energy_j is not None,
-    }
-    metrics = open_metrics(
-        config.log,
-        name,
-        settings=asdict(config),
-        total_steps=total_steps,
-        first_step=first_step,
-        rank=ranks.rank,
-        start=start,
-        carried=carried_ledger(checkpoint) if checkpoint else None,
-    )
-    return metrics, telemetry
-
-
-def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
-    """See `budget.check_memory`."""
-    engine, optim, precision = config.engine, config.optim, config.train.precision
-    masked = config.data.document_mask
-    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size, masked)
-    return budget.check_memory(setup, device, ranks, force)

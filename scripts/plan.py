@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return show_models(config.model, options.family or "", console, options.json)
         gpu = Gpu.named(options.gpu)
         setup = setup_of(config, config.engine, options.gpus)
+        if config.batch.is_auto:
+            largest = memory.largest_micro_size(setup, memory.available_bytes(gpu.memory_bytes))
+            setup = setup.with_micro_size(largest or 1)
         if options.scaling:
             return show_scaling(setup, gpu, config, console, options.json)
         if options.compare:

@@ -117,7 +117,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"base", "storage"},
     ),
-    "plan": ({"activations", "memory", "plan", "scaling"}, {"base", "engine"}),
+    "plan": ({"activations", "host_memory", "memory", "plan", "scaling"}, {"base", "engine"}),
     "run": (
         {
             "alike",
@@ -128,6 +128,8 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "divergence",
             "hostfile",
             "launch",
+            "micro_batch",
+            "outset",
             "places",
             "plan_views",
             "processes",
@@ -145,6 +147,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "watchdog",
         },
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "inference", "metrics", "plan"},
+    ),
+    "doctor": (
+        {"bandwidth", "data_checks", "doctor", "gpu_checks", "machine_checks", "storage_checks", "torch_checks"},
+        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "metrics", "plan", "run"},
     ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
