@@ -24,6 +24,7 @@ from typing import Any
 from pretrain.config import TrainConfig
 
 CAUSES = ("training", "data_wait", "checkpoint", "eval", "startup", "lost", "stopped")
+RESTARTS_FILE = "restarts.jsonl"  # the supervisor's: when it found that a process was gone
 HOUR_S = 3600.0
 JOULES_OF_KWH = 3.6e6
 

@@ -28,13 +28,12 @@ from pretrain.config import LogConfig
 from pretrain.console import ConsoleSink
 from pretrain.errors import StorageError
 from pretrain.files import new_file
-from pretrain.ledger import Ledger
+from pretrain.ledger import RESTARTS_FILE, Ledger
 from pretrain.sinks import Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SUMMARY_FILE = "summary.json"
-RESTARTS_FILE = "restarts.jsonl"  # the supervisor's: when it found that a process was gone
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _log = log.get(__name__)

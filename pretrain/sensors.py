@@ -151,7 +151,8 @@ class CpuSensors:
 
     def read(self) -> list[Reading]:
         """One reading, of all packages together."""
-        temperatures = psutil.sensors_temperatures().get("coretemp", []) if psutil.LINUX else []
+        sensors = psutil.sensors_temperatures() if psutil.LINUX else {}
+        temperatures = [*sensors.get("coretemp", []), *sensors.get("k10temp", [])]  # Intel's, AMD's
         frequency = psutil.cpu_freq()
         reading = Reading(
             "cpu",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -146,6 +147,18 @@ def test_accumulating_micro_batches_is_one_large_batch():
     whole, parts = native(), native()
     assert train(whole, range(8))[0] == pytest.approx(train(parts, range(8), micro_size=2)[0], abs=1e-5)
     assert_close(weights(whole), weights(parts), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_each_phase_of_a_step_is_told_as_it_begins(kind):
+    how = {"micro_size": 2} if kind == "deepspeed" else {}
+    silent, engine, marks = make(kind, **how), make(kind, **how), []
+    engine.mark = marks.append
+    assert train(engine, range(2), micro_size=2) == train(silent, range(2), micro_size=2)
+    counts = ["optimizer"] if kind == "deepspeed" else []  # its step() only counts before the last micro-batch
+    micro_batches = [["forward", "backward", *counts]] * (SEQUENCES // 2 - 1)
+    step = [*itertools.chain(*micro_batches), "forward", "backward", "optimizer", "other"]
+    assert marks == step * 2
 
 
 @pytest.mark.parametrize("kind", ENGINES)
