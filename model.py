@@ -209,6 +209,30 @@ def keep_expensive(_context: SelectiveCheckpointContext, op: Any, *_args: Any, *
 selective = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
 
 
+@torch.no_grad()
+def draw(weight: Tensor, name: str, config: ModelConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Give one parameter its initial values; drawn one after the other, in the order of the module, they are a model's.
+
+    GPT-2's: N(0, 0.02), biases 0, norms 1; what writes to the residual stream is scaled down by its 2·n_layer writers.
+
+    Args:
+        weight: fp32, of the parameter's full shape.
+        name: canonical.
+    """
+    if name.endswith(".bias"):
+        return weight.zero_()
+    if weight.ndim == 1:
+        return weight.fill_(1.0)
+    writes_to_residual = name.endswith((".attn.proj.weight", ".mlp.down.weight"))
+    weight.normal_(
+        std=INIT_STD / math.sqrt(2 * config.n_layer) if writes_to_residual else INIT_STD, generator=generator
+    )
+    if name in ("tok_emb.weight", "head.weight"):
+        # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
+        weight[config.vocab_size :].zero_()
+    return weight
+
+
 class GPT(nn.Module):
     """The whole model.
 
@@ -233,21 +257,10 @@ class GPT(nn.Module):
             self.head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), biases 0; what writes to the residual stream is scaled down by its 2·n_layer writers."""
-        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()  # weight 1, bias 0
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
-                writes_to_residual = name.endswith((".attn.proj", ".mlp.down"))
-                nn.init.normal_(module.weight, std=residual_std if writes_to_residual else INIT_STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
-        self.tok_emb.weight[self.config.vocab_size :].zero_()
-        self.head_weight[self.config.vocab_size :].zero_()
+        """Draw every parameter, in the order of the module."""
+        for name, parameter in self.named_parameters():
+            draw(parameter, name, self.config)
 
     @property
     def head_weight(self) -> Tensor:

@@ -100,6 +100,7 @@ def build(invocation: Invocation) -> Run:
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
     from pretrain.outset import check_memory, open_instruments, settle_micro_size
+    from pretrain.pretrained import first_weights
     from pretrain.progress import Progress
     from pretrain.run import Run
 
@@ -120,11 +121,13 @@ def build(invocation: Invocation) -> Run:
     )
     config = config.with_document_end(corpus.document_end)
     check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
-    model = build_model(config, device, me, fresh=checkpoint is None)
+    model = build_model(config, device, me)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
     history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
-    if checkpoint is not None:
+    if checkpoint is None:
+        engine.initialise(first_weights(config.model, config.run.seed))
+    else:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
@@ -149,8 +152,8 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     return device, me
 
 
-def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) -> GPT:
-    """The model on the device, with the same initial weights on every rank: seeded ones, or `model.init_from`'s."""
+def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
+    """The model without memory, on the meta device: the engine takes what this rank keeps of it."""
     import torch
 
     from model import GPT
@@ -158,7 +161,6 @@ def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) ->
     from pretrain.document_mask import DocumentMask
     from pretrain.engine.base import PRECISION_DTYPES
     from pretrain.kernels import Masking, choose_attention
-    from pretrain.pretrained import init_from
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
@@ -170,15 +172,12 @@ def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) ->
         attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim, masking)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
-    torch.manual_seed(config.run.seed)
     documents = DocumentMask(attention, config.data.eot_token_id) if masking else None
-    model = GPT(shape, attention, documents).to(device)
+    with torch.device("meta"):
+        model = GPT(shape, attention, documents)
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )
-    if fresh and shape.init_from:
-        init_from(model, Path(shape.init_from))
-        logger.info("weights from %s", shape.init_from)
     if config.train.compile:
         compile_model(model, device, me)
     return model

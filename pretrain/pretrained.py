@@ -10,7 +10,7 @@ either, or a folder with a Hugging Face config.json. The optimizer's moments are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import GPT
+from model import GPT, draw
 from pretrain import log
 from pretrain.checkpoint import CheckpointReader, damaged_files, read_manifest
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
@@ -139,17 +139,23 @@ def build(
     return model.requires_grad_(False).eval()
 
 
-def init_from(model: GPT, folder: Path) -> None:
-    """Give a fresh model the weights of a Hugging Face folder whose shape it was built in.
+def first_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, fp32 on the CPU of its full shape) of every parameter of a fresh model, one at a time.
+
+    They are those of the Hugging Face folder `init_from`, or drawn: the same as `GPT(config)` draws after
+    `torch.manual_seed(seed)`, to the last bit.
 
     Raises:
-        CheckpointError: the files are damaged, or their tensors are not the model's.
+        CheckpointError: the folder's files are damaged, or their tensors are not the model's.
         ConfigError: transformers has no class for the model.
     """
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in load_hf(folder, model.config):
-            parameters[name].copy_(weight)
+    if config.init_from:
+        logger.info("weights from %s", config.init_from)
+        yield from load_hf(Path(config.init_from), config)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in parameter_shapes(config):
+        yield name, draw(torch.empty(shape), name, config, generator)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:

@@ -6,7 +6,7 @@ runs, and forgotten behind it. Forward passes are collectives: see `base.Engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from pretrain.engine.base import (
     ParameterState,
     StepResult,
     evaluate,
+    in_order,
+    is_skeleton,
     no_mark,
     nothing,
     split_targets,
@@ -69,7 +71,8 @@ class FsdpEngine:
     """A model under FSDP2; see engine.base.Engine for the methods.
 
     Args:
-        model: the model, in fp32, on any device.
+        model: the model, in fp32, on any device; or a skeleton of it, of which memory is taken for this rank's share
+            alone.
         precision: fp32, bf16 or fp16.
     """
 
@@ -88,8 +91,11 @@ class FsdpEngine:
     ) -> None:
         self.before_update: Callable[[], None] = nothing
         self.mark: Mark = no_mark
-        self._module = model.to(device)
+        skeleton = is_skeleton(model)
+        self._module = model if skeleton else model.to(device)
         self._sharded = shard(self._module, make_mesh(engine, device, ranks), precision)
+        if skeleton:
+            self._module.to_empty(device=device)
         self._device = device
         self._clip = optim.clip
         self._reduces_at_the_end = engine.fsdp_reduce == "step"
@@ -150,6 +156,12 @@ class FsdpEngine:
             state = self._adamw.state[parameter]
             moments = {moment: full(state[moment]) for moment in ADAM_MOMENTS}
             yield name, {"weight": full(parameter), **moments}
+
+    @torch.no_grad()
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._module.named_parameters())
+        for parameter, weight in zip(parameters.values(), in_order(weights, parameters), strict=True):
+            take_share(parameter, weight, self._device)
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,21 @@ from torch import Tensor, nn
 from pretrain import log
 from pretrain.config import OptimConfig
 from pretrain.engine.base import (
+    PRECISION_DTYPES,
     EngineState,
     Mark,
     ParameterState,
     StepResult,
     evaluate,
+    in_order,
+    is_skeleton,
     no_mark,
     nothing,
+    placed,
     split_targets,
     watched,
 )
-from pretrain.engine.zero_states import states_of
+from pretrain.engine.zero_states import partition, states_of
 from pretrain.optim import LossScale, build_adamw, parameter_groups
 
 logger = log.get(__name__)
@@ -77,7 +81,8 @@ class ZeroEngine:
     """A model under DeepSpeed ZeRO; see engine.base.Engine for the methods.
 
     Args:
-        model: the model, in fp32, on any device.
+        model: the model, in fp32, on any device; or a skeleton of it, of which ZeRO-3 takes memory for this rank's
+            share alone.
         settings: DeepSpeed's configuration from ds_settings.
     """
 
@@ -89,14 +94,18 @@ class ZeroEngine:
         self.before_update: Callable[[], None] = nothing
         self.mark: Mark = no_mark
         backend = "nccl" if device.type == "cuda" else "gloo"
-        model.to(device)
         self._stage: int = settings["zero_optimization"]["stage"]
+        dtype = PRECISION_DTYPES[next((name for name in ("fp16", "bf16") if settings[name]["enabled"]), "fp32")]
         # ZeRO-0 in fp32: DeepSpeed steps torch's AdamW without a look at the gradients, so we look and clip
         self._is_plain = self._stage == 0 and not (settings["fp16"]["enabled"] or settings["bf16"]["enabled"])
         self._clip = optim.clip
-        groups = parameter_groups(model.named_parameters(), optim.weight_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces its op and its settings on every rank
             deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+            if self._stage == 3 and is_skeleton(model):
+                partition(model.to(dtype), settings, device)
+            else:
+                placed(model, device, dtype)
+            groups = parameter_groups(model.named_parameters(), optim.weight_decay)
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_adamw(groups, optim),
@@ -186,6 +195,13 @@ class ZeroEngine:
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
         for name, parameter in self._engine.module.named_parameters():
             yield name, self._states.read(parameter)
+
+    @torch.no_grad()
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._engine.module.named_parameters())
+        for parameter, weight in zip(parameters.values(), in_order(weights, parameters), strict=True):
+            self._states.write(parameter, {"weight": weight.to(self._device)})
+        self._states.publish()
 
     @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
