@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pretrain.document_mask import DocumentMask
+from pretrain.pretrained import load_pretrained
 from tests.runs import (
     ROOT,
     RUN,
@@ -24,8 +27,9 @@ from tests.runs import (
 )
 
 MIXTURE = "[{source: web, weight: 0.7}, {source: more/code, weight: 0.3}]"
-OPTIONS: tuple[str, ...] = ("--data.sources", MIXTURE, "--data.document_mask", "true", "--data.eot_token_id", "5")
-OPTIONS += ("--checkpoint.every_steps", "6", "--max-steps", "40", "--resume", "auto")
+MASKED = ("--data.document_mask", "true", "--data.eot_token_id", "5")
+SAVED = ("--checkpoint.every_steps", "6", "--max-steps", "40", "--resume", "auto")
+OPTIONS = ("--data.sources", MIXTURE, *MASKED, *SAVED)
 GLOBAL_SIZE, WINDOW = 8, 32
 
 
@@ -100,6 +104,18 @@ def test_a_step_is_looked_up_with_the_source_of_each_window(alone):
     assert tree["position"]["window"] == 64 and set(sources) == {"web", "code"}
     given = [window["parts"][0]["shard"].split("/")[0] for window in tree["windows"]]
     assert (len(given) == GLOBAL_SIZE and given.count("code") == 3) or given.count("code") == 2
+
+
+def test_the_checkpoint_says_how_its_documents_were_kept_apart(alone):
+    place = str(alone[0] / "checkpoints" / RUN)
+    packed, single = (
+        load_pretrained(place, device=torch.device("cpu"), dtype=torch.float32, packed=packed).model
+        for packed in (True, False)
+    )
+    assert packed.documents == DocumentMask("sdpa", 5) and single.documents is None
+    tokens = torch.tensor([[9, 8, 5, 7, 6, 5, 11]])
+    assert torch.allclose(packed(tokens)[:, 3:6], single(tokens[:, 3:6]), atol=1e-5)
+    assert not torch.allclose(packed(tokens)[:, 3:6], single(tokens)[:, 3:6], atol=1e-5)
 
 
 def test_another_mixture_is_refused_with_the_difference(alone):

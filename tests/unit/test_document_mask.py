@@ -14,12 +14,14 @@ from torch.nn.attention import flex_attention as flex
 
 from model import GPT
 from pretrain import document_mask
+from pretrain.arguments import parse
 from pretrain.document_mask import DOCUMENT_KERNELS, DocumentMask, document_starts
-from pretrain.errors import ShardError
+from pretrain.errors import CheckpointError, ConfigError, ShardError
 from pretrain.kernels import Masking, choose_attention
 from pretrain.kv_cache import KVCache
 from pretrain.manifest import DataManifest, document_end
 from pretrain.model_config import FAMILIES, ModelConfig
+from pretrain.pretrained import load_document_end
 
 CPU = torch.device("cpu")
 END = 7
@@ -264,3 +266,37 @@ def test_the_manifest_or_the_setting_says_which_token_ends_a_document():
         document_end(5, {"a/": manifest(3)})
     with pytest.raises(ShardError, match=r"a/manifest.json says that token 0 .*, b/manifest.json says 3"):
         document_end(-1, {"a": manifest(0), "b": manifest(3)})
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--data.eot_token_id", "3"], "eot_token_id 3 means nothing without --data.document_mask true"),
+        (["--data.document_mask", "true", "--data.eot_token_id", "8192"], "must be below model.vocab_size 8192, or -1"),
+        (["--model.attention", "flex"], "flex is for --data.document_mask true: take auto, flash or sdpa"),
+        (
+            ["--model.attention", "flex", "--data.document_mask", "true", "--model.dropout", "0.1"],
+            "flex knows no dropout: set model.dropout 0.1 to 0, or take auto or sdpa",
+        ),
+        (["--model.attention", "flash", "--data.document_mask", "true", "--compile"], "flash keeps documents apart in"),
+    ],
+)
+def test_what_can_not_work_together_is_a_config_error(argv, why):
+    with pytest.raises(ConfigError) as error:
+        parse(argv)
+    assert len(error.value.problems) == 1 and why in error.value.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [("{}", None), ("{document_mask: false, eot_token_id: 3}", None), ("{document_mask: true, eot_token_id: 3}", 3)],
+)
+def test_a_checkpoints_config_says_which_token_ends_a_document(tmp_path, data, expected):
+    (tmp_path / "config.yaml").write_text(f"data: {data}\n")
+    assert load_document_end(tmp_path) == expected
+
+
+def test_a_checkpoint_that_was_masked_by_nobody_knows_what_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {document_mask: true, eot_token_id: -1}\n")
+    with pytest.raises(CheckpointError, match=r"document_mask is true and data.eot_token_id is -1"):
+        load_document_end(tmp_path)
