@@ -16,12 +16,11 @@ from pretrain.errors import ShardError
 from pretrain.evaluation import Source, Text, TokenStream, bytes_per_token
 from pretrain.generation import end_of_text, plainly
 from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME
-from pretrain.raw_files import READ_HERE, cut_units, list_inputs
+from pretrain.raw_files import READ_HERE, Unit, list_inputs
 from pretrain.shards import fetch_shards, read_manifest
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import BATCH_DOCUMENTS, load_tokenizer
 
-WHOLE = 1 << 62  # bytes: a file is not cut
 MENDS = {
     "undecodable": "Convert it to UTF-8, or leave it out",
     "broken_json": "Give one JSON object a line",
@@ -134,8 +133,8 @@ def text_source(
 def read_documents(paths: Sequence[str], text_key: str) -> Iterator[str]:
     """The documents of files and folders that are not empty, folders by name. Raises ShardError as `text_source`."""
     files, _ = list_inputs("", paths)
-    for unit in cut_units(files, WHOLE):
-        for found in read_unit(unit, Reading(text_key)):
+    for number, file in enumerate(files):
+        for found in read_unit(Unit(number, file), Reading(text_key)):
             if isinstance(found, Document):
                 yield found.text
             elif found.reason != EMPTY:
