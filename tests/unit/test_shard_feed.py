@@ -235,6 +235,12 @@ def test_to_skip_damaged_shards_all_are_read_first_and_every_machine_agrees(sour
     assert found.skipped == (name_of(3),) and len(set(bucket.downloaded)) == N_SHARDS
     _, elsewhere = opened(source, dataclasses.replace(data, cache_dir=str(tmp_path / "another"), **BOUND))
     assert elsewhere.skipped == found.skipped and elsewhere.fingerprint == found.fingerprint
+    plain = fetch_shards(LocalStore(source), dataclasses.replace(data, cache_dir=str(tmp_path / "w")), vocab_size=9999)
+    whole, streamed, position = batches_of(plain, data, feed=None), batches_of(elsewhere, data), Position()
+    while position.epoch == 0:
+        expected, _ = whole.take(position, 0, 1)
+        rows, position = streamed.take(position, 0, 1)
+        assert rows.tolist() == expected.tolist()
     assert elsewhere.shards[3].tokens()[0] == 4000
     elsewhere.feed.close()
 
