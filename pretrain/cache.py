@@ -237,6 +237,8 @@ class ShardCache:
             self._convert(info, self.store.root / info.name)
             now = self.store.stat(info.name)
             if now is None or (now.size, now.generation) != (info.size, info.generation or now.generation):
+                for suffix in (RECORD, TOKENS, ".bad"):  # what was read is not what this key stands for
+                    self.path(info, suffix).unlink(missing_ok=True)
                 raise self._changed(info, "it was listed")
             return 0
         local = self.folder / f"{unfinished(self.path(info, BUILDING))}.npz{PART_SUFFIX}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -12,15 +11,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pretrain.config import DataConfig, StorageConfig
+from pretrain.documents import EMPTY, Document, Reading, read_unit
 from pretrain.errors import ShardError
 from pretrain.evaluation import Source, Text, TokenStream, bytes_per_token
 from pretrain.generation import end_of_text, plainly
 from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME
+from pretrain.raw_files import READ_HERE, Unit, list_inputs
 from pretrain.shards import fetch_shards, read_manifest
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import BATCH_DOCUMENTS, load_tokenizer
 
-TEXT_SUFFIXES = (".txt", ".jsonl")
+MENDS = {
+    "undecodable": "Convert it to UTF-8, or leave it out",
+    "broken_json": "Give one JSON object a line",
+    "missing_key": "Name the key of the text: --text_key",
+    "too_long": "Cut it into documents",
+    "damaged": "Fetch the file again",
+}
 NO_BYTE_LENGTHS = "no bits per byte: the tokenizer is not byte-level, so a token has no number of bytes"
 OTHER_TOKENIZER = "Evaluate on shards of the tokenizer that the model was trained with."
 NO_TOKENIZER = "no bits per byte: neither the shards nor the checkpoint have a tokenizer.json"
@@ -82,7 +89,7 @@ def _tokenizer_beside(store: ObjectStore) -> Tokenizer | None:
 
 
 def text_source(
-    paths: Sequence[Path], tokenizer: Tokenizer, vocab_size: int, *, text_key: str = "text", max_tokens: int = 0
+    paths: Sequence[str], tokenizer: Tokenizer, vocab_size: int, *, text_key: str = "text", max_tokens: int = 0
 ) -> Source:
     """Raw text, tokenized as training data is: each document ends with the end of text.
 
@@ -90,14 +97,14 @@ def text_source(
     the text is scored.
 
     Args:
-        paths: .txt files (a document each), .jsonl files (a document a line), or folders of them.
+        paths: files, folders or globs, as scripts/prepare_data.py reads them: a .txt is a document.
         vocab_size: the model's.
-        text_key: of the text in a line of a .jsonl file.
+        text_key: key or column of the text.
         max_tokens: stop reading once there are so many; 0: read all.
 
     Raises:
-        ShardError: no such file, no text in it, text that is not UTF-8, a line without text, or a tokenizer
-            without an end of text or with other ids than the model.
+        ShardError: no such file, no text in it, text that can't be used, or a tokenizer without an end of text or with
+            other ids than the model.
     """
     if (eot_id := end_of_text(tokenizer)) is None:
         raise ShardError("the tokenizer has no end of text that is known here", "Give another: --tokenizer")
@@ -109,9 +116,9 @@ def text_source(
             pieces.append(np.array([*encoding.ids, eot_id], dtype=np.int64))
             n_tokens += len(pieces[-1])
             text_bytes += len(text.encode())
-    title = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+    title = paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
     if not text_bytes:
-        raise ShardError(f"{title}: found no text", f"Give {' or '.join(TEXT_SUFFIXES)} files, or folders of them.")
+        raise ShardError(f"{title}: found no text", f"Read here: {READ_HERE}")
     ids = np.concatenate(pieces)
     if ids.max() >= vocab_size:
         raise ShardError(
@@ -123,36 +130,12 @@ def text_source(
     return Source(title, TokenStream([Text(ids)]), lengths, text_bytes, note)
 
 
-def read_documents(paths: Sequence[Path], text_key: str) -> Iterator[str]:
+def read_documents(paths: Sequence[str], text_key: str) -> Iterator[str]:
     """The documents of files and folders that are not empty, folders by name. Raises ShardError as `text_source`."""
-    for path in paths:
-        found = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in (file for file in found if file == path or file.suffix in TEXT_SUFFIXES):
-            if file.suffix not in TEXT_SUFFIXES:
-                raise ShardError(f"{file} is neither {' nor '.join(TEXT_SUFFIXES)}", "Give raw text, or shards: --data")
-            try:
-                with file.open("rb") as lines:
-                    for number, line in enumerate(lines if file.suffix == ".jsonl" else [lines.read()], 1):
-                        where = f"{file}, line {number}" if file.suffix == ".jsonl" else str(file)
-                        if text := _document(line, file.suffix, text_key, where):
-                            yield text
-            except OSError as error:
-                raise ShardError(f"can't read {file}: {error.strerror}", "Check that the file is there.") from error
-
-
-def _document(data: bytes, suffix: str, text_key: str, where: str) -> str:
-    """The text of a .txt file or of one line of a .jsonl file; empty where there is none."""
-    try:
-        text = data.decode()
-        if suffix == ".txt":
-            return text
-        tree = json.loads(text) if text.strip() else {text_key: ""}
-        found = tree.get(text_key) if isinstance(tree, dict) else None
-        if not isinstance(found, str):
-            raise ShardError(f"{where}: there is no text under {text_key!r}", "Name its key: --text_key")
-        found.encode()  # JSON can spell half a surrogate pair, which is no text
-        return found
-    except UnicodeError as error:
-        raise ShardError(f"{where} is not UTF-8: {error}", "Convert it, or leave it out.") from error
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{where} is not JSON: {error}", "Give one JSON object a line.") from error
+    files, _ = list_inputs("", paths)
+    for number, file in enumerate(files):
+        for found in read_unit(Unit(number, file), Reading(text_key)):
+            if isinstance(found, Document):
+                yield found.text
+            elif found.reason != EMPTY:
+                raise ShardError(f"{found.where}: {found.found}", MENDS[found.reason])

@@ -1,6 +1,6 @@
 """How well a model predicts text: loss, perplexity and bits per byte.
 
-    source = text_source([Path("book.txt")], pretrained.tokenizer, pretrained.config.vocab_size)
+    source = text_source(["book.txt"], pretrained.tokenizer, pretrained.config.vocab_size)
     evaluate(pretrained.model, source, seq_len=1024, stride=512, batch_size=8).bits_per_byte
 
 The tokens are one packed stream, as in training. Windows of seq_len tokens advance by `stride`, and of each only the

@@ -164,7 +164,7 @@ def list_inputs(
         found, left = _matching(pattern, split, outside)
         if not found:
             others = f", only {left[0]}" if left else ""
-            raise ShardError(f"no raw text behind --input {pattern}{others}", f"Read here: {READ_HERE}")
+            raise ShardError(f"no raw text behind {pattern}{others}", f"Read here: {READ_HERE}")
         files, passed = files + found, passed + left
     return list({(file.folder, file.key): file for file in files}.values()), passed
 

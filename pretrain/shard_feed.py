@@ -11,6 +11,7 @@ wants it lets go at once.
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pretrain.storage import ObjectInfo
 
 ROOM_PATIENCE_S = 10.0  # for other ranks to let go of what they read before; then the bound must give way
 NO_HURRY_S = 2.0  # until a shard that has no room and is not needed yet is tried again
+OTHER_FILES = 512  # that a process has open beside its shards
 
 
 class FeedClosed(Exception):
@@ -71,6 +73,7 @@ class ShardFeed:
         with self._changed:
             self._now, self._ahead, self._asked = tuple(now), tuple(ahead), ()
             self._not_before.clear()  # there may be room now
+            _allow_open_files(2 * (len(self._now) + len(self._ahead)) + OTHER_FILES)  # a file and its map
             self._let_go()
             self._begin()
 
@@ -215,6 +218,14 @@ class ShardFeed:
 
     def _count(self, _n_bytes: int) -> None:
         self.arrived += 1
+
+
+def _allow_open_files(count: int) -> None:
+    """Have the kernel allow so many, or as many as this user may: 1024 are common, and a group may be larger."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -126,9 +126,11 @@ def open_shards(
         mine = [info for info in objects[local_rank::local_world_size] if not _is_counted(cache, info)]
         _fetch_own(cache, mine, len(unknown), workers, None, keep=False)
     _await_siblings(cache, [info for info in objects if not _is_counted(cache, info)], None, keep=False)
-    feed = ShardFeed(cache, objects, workers)
-    numbers = {info.name: number for number, info in enumerate(objects)}
-    return _judge(cache, objects, missing, lambda info: _streamed(cache, info, feed, numbers[info.name]), feed)
+    found = _judge(cache, objects, missing, lambda info: _counted(cache, info))
+    infos = {info.name: info for info in objects}
+    feed = ShardFeed(cache, [infos[shard.name] for shard in found.shards], workers)  # in the numbers of the set
+    shards = [StreamedShard(**vars(shard), feed=feed, index=index) for index, shard in enumerate(found.shards)]
+    return replace(found, shards=tuple(shards), feed=feed)
 
 
 def _is_counted(cache: ShardCache, info: ObjectInfo) -> bool:
@@ -136,11 +138,10 @@ def _is_counted(cache: ShardCache, info: ObjectInfo) -> bool:
     return cache.is_known(info) or (cache.on_bad_shard == "stop" and info.name in cache.entries)
 
 
-def _streamed(cache: ShardCache, info: ObjectInfo, feed: ShardFeed, number: int) -> Shard:
+def _counted(cache: ShardCache, info: ObjectInfo) -> Shard:
     """A shard by what is known of it. Raises ShardError where that is that it is bad."""
     if cache.is_known(info):
-        shard = cache.shard(info)
-        return StreamedShard(**vars(shard), feed=feed, index=number)
+        return cache.shard(info)
     entry, path = cache.entries[info.name], cache.path(info, TOKENS)
     if info.size != entry.bytes or info.crc32c not in ("", entry.crc32c):
         raise ShardError(
@@ -148,7 +149,7 @@ def _streamed(cache: ShardCache, info: ObjectInfo, feed: ShardFeed, number: int)
             f"{info.crc32c or 'unknown'}, expected {entry.bytes} and {entry.crc32c} as {MANIFEST_NAME} says",
             f"Restore the shard, or delete that {MANIFEST_NAME}",
         )
-    return StreamedShard(info.name, entry.tokens, path, "", entry.crc32c, feed=feed, index=number)
+    return Shard(info.name, entry.tokens, path, "", entry.crc32c)
 
 
 def _find(
@@ -264,7 +265,6 @@ def _judge(
     objects: Sequence[ObjectInfo],
     missing: Sequence[str],
     judged: Callable[[ObjectInfo], Shard],
-    feed: ShardFeed | None = None,
 ) -> ShardSet:
     """The set that every rank comes to from what lies in the cache; `judged` raises ShardError for a bad one."""
     shards: list[Shard] = []
@@ -279,4 +279,4 @@ def _judge(
             logger.warning("left out: %s", error.what)
     if not shards:
         raise ShardError(f"all {len(objects)} shards are bad, such as {skipped[0]}", "Set --data.on_bad_shard stop")
-    return ShardSet(tuple(shards), tuple(sorted(skipped)), cache.manifest, feed)
+    return ShardSet(tuple(shards), tuple(sorted(skipped)), cache.manifest)

@@ -85,8 +85,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     shards.add_argument("--pad_token_id", type=int, default=-1, help="as data.pad_token_id of train.py (-1: none)")
     shards.add_argument("--cache_dir", default="cache", help="folder of the mapped copies of the shards (cache)")
     text = parser.add_argument_group("raw text")
-    text.add_argument("--text", type=Path, nargs="+", metavar="PATH", help=".txt or .jsonl files, or folders of them")
-    text.add_argument("--text_key", default="text", metavar="KEY", help="of the text in a .jsonl line (text)")
+    text.add_argument(
+        "--text", nargs="+", metavar="PATH", help="files, folders, globs or gs://, as prepare_data.py reads"
+    )
+    text.add_argument("--text_key", default="text", metavar="KEY", help="key or column of the text (text)")
     text.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, where the checkpoint has none")
     tasks = parser.add_argument_group("tasks of lm-eval-harness")
     tasks.add_argument("--tasks", metavar="NAME,…", help="such as hellaswag,arc_easy; their data sets are downloaded")

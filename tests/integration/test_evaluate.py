@@ -116,8 +116,8 @@ def test_a_table_for_people(capsys):
         (["--data", "other"], 3, r"vocab_size 999 .*model\.vocab_size 257\. Evaluate on shards of"),
         (["--data", "single"], 3, "found 1 tokens, expected at least 2"),
         (["--text", "empty.txt"], 3, "empty.txt: found no text"),
-        (["--text", "latin1.txt"], 3, "latin1.txt is not UTF-8"),
-        (["--text", "val.jsonl"], 3, "line 1: there is no text under 'text'.*--text_key"),
+        (["--text", "latin1.txt"], 3, "latin1.txt: not UTF-8"),
+        (["--text", "val.jsonl"], 3, "byte 0: 'text' is not among the keys .*--text_key"),
         (["--text", "empty.txt", "--tokenizer", "none.json"], 3, "can't read tokenizer"),
     ],
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import zlib
@@ -213,7 +214,7 @@ def test_bits_per_byte_by_hand(tokenizer, tmp_path):
     """A uniform model over V ids costs log2(V) bits a token, the ends of the documents included."""
     (tmp_path / "a.txt").write_bytes("grüße 🙂\r\n".encode())
     (tmp_path / "b.txt").write_bytes(b"def f_1(x):")
-    source = text_source([tmp_path], tokenizer, VOCAB)
+    source = text_source([str(tmp_path)], tokenizer, VOCAB)
     found = score(lambda tokens: torch.zeros(*tokens.shape, VOCAB), source)
     n_bytes = 3 + 2 * 2 + 1 + 4 + 2 + 11  # gre, ü and ß, the blank, the smiley, the line's end; the second document
     n_tokens = sum(len(ids) for ids in encode(tokenizer, ["grüße 🙂\r\n", "def f_1(x):"]))
@@ -224,7 +225,7 @@ def test_bits_per_byte_by_hand(tokenizer, tmp_path):
 
 def test_the_bytes_are_those_of_the_scored_tokens(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(TEXTS[0].encode())
-    source = text_source([tmp_path], tokenizer, VOCAB)
+    source = text_source([str(tmp_path)], tokenizer, VOCAB)
     lengths, tokens = bytes_per_token(tokenizer, VOCAB), tokens_of(source)
     for n in (1, 7, len(tokens) - 2):
         assert score(model_by_ids, source, 4, max_tokens=n).bytes == lengths[tokens[1 : n + 1]].sum()
@@ -243,7 +244,7 @@ def test_text_is_read_as_documents_that_end_with_the_end_of_text(tokenizer, tmp_
     (folder / "empty.txt").write_text("")
     single = tmp_path / "single.txt"
     single.write_bytes(TEXTS[0].encode())
-    source = text_source([single, folder], tokenizer, VOCAB)
+    source = text_source([str(single), str(folder)], tokenizer, VOCAB)
     expected = np.concatenate([[end_of_text_id(tokenizer)], *encode(tokenizer, TEXTS[:4])])
     assert np.array_equal(tokens_of(source), expected)
     assert source.text_bytes == sum(len(text.encode()) for text in TEXTS[:4])
@@ -253,11 +254,13 @@ def test_text_is_read_as_documents_that_end_with_the_end_of_text(tokenizer, tmp_
 def test_another_key_and_only_as_much_as_is_scored(tokenizer, tmp_path):
     path = tmp_path / "many.jsonl"
     path.write_text("".join(json.dumps({"content": text}) + "\n" for text in TEXTS * 5) + "{")
-    source = text_source([path], tokenizer, VOCAB, text_key="content", max_tokens=100)  # never reaches the bad line
+    source = text_source(
+        [str(path)], tokenizer, VOCAB, text_key="content", max_tokens=100
+    )  # never reaches the bad line
     whole = sum(len(ids) for ids in encode(tokenizer, TEXTS * 5))
     assert 100 < source.stream.n_tokens < whole
-    with pytest.raises(ShardError, match="line 301 is not JSON"):
-        text_source([path], tokenizer, VOCAB, text_key="content")
+    with pytest.raises(ShardError, match=r"many\.jsonl, byte \d{3,}: not JSON"):
+        text_source([str(path)], tokenizer, VOCAB, text_key="content")
 
 
 @pytest.mark.parametrize(
@@ -265,48 +268,51 @@ def test_another_key_and_only_as_much_as_is_scored(tokenizer, tmp_path):
     [
         ("a.txt", b"", "found no text"),
         ("a.jsonl", b"\n\n", "found no text"),
-        ("a.txt", b"fine \xff\xfe", "a.txt is not UTF-8: .*position 5"),
-        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl, line 1 is not UTF-8"),
-        ("a.jsonl", b'{"text": "\\ud800"}', "line 1 is not UTF-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"texts": 1}', "line 2: there is no text under 'text'"),
-        ("a.jsonl", b"[1]", "line 1: there is no text"),
-        ("a.jsonl", b'{"text": ', "line 1 is not JSON"),
-        ("a.npz", b"PK", "neither .txt nor .jsonl"),
+        ("a.txt", b"fine \xff\xfe", "a.txt: not UTF-8: .*position 5"),
+        ("a.jsonl", b'{"text": "\xff"}', "a.jsonl, byte 0: not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}', "byte 0: half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "a"}\n{"texts": 1}', "byte 14: 'text' is not among the keys texts.*--text_key"),
+        ("a.jsonl", b"[1]", "byte 0: a JSON list, not an object"),
+        ("a.jsonl", b'{"text": ', "byte 0: not JSON"),
+        ("a.npz", b"PK", "no raw text behind .*Read here: .txt, .jsonl"),
     ],
 )
 def test_text_that_can_not_be_read_is_explained(tokenizer, tmp_path, name, content, says):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ShardError, match=says):
-        text_source([tmp_path / name], tokenizer, VOCAB)
+        text_source([str(tmp_path / name)], tokenizer, VOCAB)
 
 
 def test_no_such_file_and_another_tokenizer(tokenizer, tmp_path):
-    with pytest.raises(ShardError, match=r"can't read .*none.txt: No such file"):
-        text_source([tmp_path / "none.txt"], tokenizer, VOCAB)
+    with pytest.raises(ShardError, match=r"no raw text behind .*none\.txt"):
+        text_source([str(tmp_path / "none.txt")], tokenizer, VOCAB)
     (tmp_path / "a.txt").write_bytes(TEXTS[0].encode())
     with pytest.raises(ShardError, match="the model's vocabulary has 260"):
-        text_source([tmp_path], tokenizer, 260)
+        text_source([str(tmp_path)], tokenizer, 260)
 
 
 def test_what_a_tokenizer_says_of_lengths_is_not_obeyed(tokenizer, tmp_path):
     (tmp_path / "a.txt").write_bytes(TEXTS[0].encode())
-    expected = tokens_of(text_source([tmp_path], tokenizer, VOCAB)).tolist()
+    expected = tokens_of(text_source([str(tmp_path)], tokenizer, VOCAB)).tolist()
     cutting = Tokenizer.from_str(tokenizer.to_str())
     cutting.enable_truncation(2)
     cutting.enable_padding(length=50)
-    assert tokens_of(text_source([tmp_path], cutting, VOCAB)).tolist() == expected
+    assert tokens_of(text_source([str(tmp_path)], cutting, VOCAB)).tolist() == expected
 
 
 def test_a_tokenizer_with_another_end_of_text_or_none(tmp_path):
     (tmp_path / "a.txt").write_text("a b")
     words = {"a": 0, "b": 1, "</s>": 2}
-    source = text_source([tmp_path], word_tokenizer(words), 3)
+    source = text_source([str(tmp_path)], word_tokenizer(words), 3)
     assert tokens_of(source).tolist() == [2, 0, 1, 2]
     assert score(model_by_ids, source).bytes == 3  # the text's own, whatever the tokenizer
     assert score(model_by_ids, source, max_tokens=2).bytes is None
-    assert not source.note and "not byte-level" in text_source([tmp_path], word_tokenizer(words), 3, max_tokens=2).note
+    assert (
+        not source.note
+        and "not byte-level" in text_source([str(tmp_path)], word_tokenizer(words), 3, max_tokens=2).note
+    )
     with pytest.raises(ShardError, match="no end of text"):
-        text_source([tmp_path], word_tokenizer({"a": 0, "b": 1}), 3)
+        text_source([str(tmp_path)], word_tokenizer({"a": 0, "b": 1}), 3)
 
 
 def word_tokenizer(words: dict[str, int]) -> Tokenizer:
@@ -405,3 +411,11 @@ def test_the_harness_results_become_figures():
         TaskFigure("mine", "acc", "none", 0.5, 0.1),
         TaskFigure("mine", "f1", "strict", 1.0, None),
     ]
+
+
+def test_text_is_read_in_every_form_that_is_prepared(tokenizer, tmp_path):
+    with gzip.open(tmp_path / "c4-train.00000-of-01024.json.gz", "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in TEXTS[:3])
+    source = text_source([str(tmp_path / "c4-*.json.gz")], tokenizer, VOCAB)
+    expected = np.concatenate([[end_of_text_id(tokenizer)], *encode(tokenizer, TEXTS[:3])])
+    assert np.array_equal(tokens_of(source), expected)
