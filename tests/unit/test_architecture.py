@@ -93,6 +93,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "data_views",
             "divergence",
             "launch",
+            "memory_count",
             "micro_batch",
             "places",
             "plan_views",

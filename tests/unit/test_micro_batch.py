@@ -32,7 +32,7 @@ class OthersThatFit(Ranks):
     """Ranks of which this one is the first, and the others have room up to `room` sequences."""
 
     def __init__(self, room: int = 10**9) -> None:
-        super().__init__(0, 2, 0, 2, control=None)  # type: ignore[arg-type]
+        super().__init__(0, 2, 0, 2, control=None)
         vars(self).update(room=room, tried=0)
 
     def any(self, flag: bool) -> bool:
