@@ -69,7 +69,7 @@ def course_rows(course: dict[str, Any]) -> list[Row]:
         (
             "shards to download",
             gigabytes(course["downloaded_gb"] * GB),
-            "at most, to each node: tokens as they are cached",
+            "to each node, as bare tokens",
         ),
         ("uploaded in all", uploaded, count),
         (
