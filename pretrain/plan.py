@@ -112,7 +112,13 @@ class Budget:
 
 
 def make_setup(
-    model: ModelConfig, batch: BatchConfig, engine: EngineConfig, optim: OptimConfig, precision: str, world_size: int
+    model: ModelConfig,
+    batch: BatchConfig,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    precision: str,
+    world_size: int,
+    document_mask: bool = False,
 ) -> Setup:
     """The setup of a run.
 
@@ -129,7 +135,7 @@ def make_setup(
         if problems:
             raise ConfigError(problems)
         sharding = Sharding.of_deepspeed(settings)
-    return Setup(model, precision, batch, world_size, sharding)
+    return Setup(model, precision, batch, world_size, sharding, document_mask)
 
 
 def budget(setup: Setup, gpu: Gpu) -> Budget:
