@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pretrain import memory
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
@@ -24,6 +24,8 @@ CHECKPOINT_BYTES = 12  # a parameter: fp32 weight and two moments
 # by which activation checkpointing lengthens a step: a second forward pass is a third of the step's FLOPs; norms and
 # non-linearities alone are hardly any FLOPs, but memory traffic (assumed, not measured)
 RECOMPUTED = {"selective": 1.05, "full": 4 / 3}
+ZERO_2 = "--engine deepspeed --engine.zero_stage 2"
+RECOMPUTING: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST_GPUS = 1024
 GPUS_OF_A_NODE = 8  # assumed, for shares within a node
@@ -189,7 +191,34 @@ def mends(setup: Setup, gpu: Gpu) -> list[str]:
         for name, changed in options
         if (size := memory.largest_micro_size(changed, available))
     ]
-    return found or _larger_machines(full, gpu)
+    return found or [*_other_engines(setup, available), *_larger_machines(full, gpu)]
+
+
+def _other_engines(setup: Setup, available: int) -> list[str]:
+    """Engines that divide more among the same GPUs, or leave the optimizer on the host; each with the least recomputing
+    with which it fits."""
+    sharding, divides, found = setup.sharding, setup.world_size > 1, []
+    changes: list[tuple[str, EngineConfig]] = []
+    stage: Literal[0, 1, 2, 3]
+    if sharding.engine == "deepspeed":
+        for stage in (1, 2, 3):
+            if divides and stage > sharding.stage:
+                changes.append((f"--engine.zero_stage {stage}", EngineConfig(zero_stage=stage)))
+    elif divides and sharding.engine != "fsdp":
+        changes += [(ZERO_2, EngineConfig(zero_stage=2)), ("--engine fsdp", EngineConfig(name="fsdp"))]
+    if not sharding.offload:
+        offloading = EngineConfig(zero_stage=2, offload_optimizer=True)
+        changes.append((f"{ZERO_2} --engine.offload_optimizer true", offloading))
+    for words, engine in changes:
+        for kind in RECOMPUTING[RECOMPUTING.index(setup.model.activation_checkpointing) :]:
+            changed = make_setup(setup.model, setup.batch, engine, OptimConfig(), setup.precision, setup.world_size)
+            if size := memory.largest_micro_size(changed.with_checkpointing(kind), available):
+                more = (
+                    f" --model.activation_checkpointing {kind}" if kind != setup.model.activation_checkpointing else ""
+                )
+                found.append(f"{words}{more} --batch.micro_size {size}")
+                break
+    return found
 
 
 def _larger_machines(setup: Setup, gpu: Gpu) -> list[str]:
@@ -219,6 +248,11 @@ def read_tokens(text: str) -> int:
     if not count:
         raise ConfigError(f"{text!r} is no number of tokens", "Write 22B, 1.5T, 500M or 22_000_000_000.")
     return count
+
+
+def token_bytes(model: ModelConfig) -> int:
+    """Bytes of a token in the cache of the shards."""
+    return 2 if model.vocab_size <= 2**16 else 4
 
 
 def padded_parameters(model: ModelConfig) -> int:

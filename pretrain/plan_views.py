@@ -66,6 +66,11 @@ def course_rows(course: dict[str, Any]) -> list[Row]:
         ("energy", f"{course['energy_kwh']:,} kWh", f"at most: {course['power_w_per_gpu']} W a GPU, without the host"),
         ("cost", f"{course['cost']:,.2f}" if course["cost"] else "give --price_per_gpu_hour", ""),
         ("a checkpoint", gigabytes(course["checkpoint_gb"] * GB), f"{every or 'at the end'}; 12 bytes a parameter"),
+        (
+            "shards to download",
+            gigabytes(course["downloaded_gb"] * GB),
+            "to each node, as bare tokens",
+        ),
         ("uploaded in all", uploaded, count),
         (
             "kept in the bucket",

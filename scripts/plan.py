@@ -49,6 +49,7 @@ SHORT_FORMS = {
     "--vocab_size": "model.vocab_size",
     "--family": "model.family",
     "--activation_checkpointing": "model.activation_checkpointing",
+    "--zero_stage": "engine.zero_stage",
     "--price_per_gpu_hour": "train.price_per_gpu_hour",
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
@@ -171,6 +172,7 @@ def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: arg
         "cost": round(hours * setup.world_size * config.train.price_per_gpu_hour, 2) or None,
         "checkpoint_gb": round(checkpoint / GB, 2),
         "checkpoints": count,
+        "downloaded_gb": round(plan.token_bytes(config.model) * tokens / GB, 1),
         "uploaded_gb": None if count is None else round(count * checkpoint / GB, 1),
         "kept_gb": round((config.checkpoint.keep or count or 1) * checkpoint / GB, 1),
         "keep": config.checkpoint.keep,

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.runs import ROOT, plain_environment
 
@@ -79,3 +80,28 @@ def test_bench_checkpoint_refuses_what_it_cannot_measure(tmp_path: Path, option:
     ended = run(CHECKPOINT, tmp_path, *option)
     assert ended.returncode == 2
     assert "must be at least 1" in ended.stderr
+
+
+def test_bench_memory_holds_the_plan_against_the_count(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "bench_memory.py"
+    ended = run(script, tmp_path, "--only", "125M_fp32", "--json", "--save")
+    assert ended.returncode == 0, ended.stderr
+    tree = json.loads(ended.stdout)
+    assert [path.read_text() for path in tmp_path.glob("benchmarks/results/*/memory.json")] == [ended.stdout]
+    (row,) = tree["configs"]
+    assert [check["name"] for check in tree["checks"]] == ["125M_fp32_counted"] and row["measured_gb"] is None
+    assert row["predicted_gb"] == pytest.approx(row["counted_gb"], rel=0.07)
+    assert "predicted GB" in ended.stderr and "there is no GPU on this machine" in ended.stderr
+    wrong = run(script, tmp_path, "--only", "125M")
+    assert wrong.returncode == 2 and "there is no config '125M'. There are 125M_fp32" in wrong.stderr
+
+
+def test_bench_memory_leaves_out_what_a_gpu_has_no_room_for_and_misses_by_the_percent() -> None:
+    bench = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "bench_memory.py")))
+    row = {"predicted_gb": 10.0, "counted_gb": 9.0, "measured_gb": 10.5}
+    assert (bench.deviation(row, "counted"), bench.deviation(row, "measured")) == (11.11, -4.76)
+
+    def full() -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert bench.without_leftovers(full) is None and bench.without_leftovers(lambda: 7) == 7

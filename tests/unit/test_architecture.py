@@ -128,6 +128,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "divergence",
             "hostfile",
             "launch",
+            "memory_count",
             "micro_batch",
             "outset",
             "places",

@@ -161,7 +161,7 @@ def test_negative_sizes_are_refused(fields):
         ("data", "max_files", -1),
         ("data", "shuffle_shards", 0),
         ("data", "download_workers", 0),
-        ("batch", "micro_size", 0),
+        ("batch", "micro_size", -1),
         ("optim", "min_lr_ratio", 1.5),
         ("optim", "warmup_steps", -1),
         ("optim", "weight_decay", -0.1),

@@ -3,13 +3,15 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 from pretrain import memory
 from pretrain.config import BatchConfig
 from pretrain.engine import reduction
+from pretrain.engine.native import NativeEngine
 from pretrain.memory import Setup, Sharding
+from pretrain.memory_count import count_peak, measure_peak
 from pretrain.model_config import ModelConfig
-from tests.memory_count import count_peak
 
 TOLERANCE = 0.02  # promised are 7 %
 
@@ -215,3 +217,15 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     assert memory.required_bytes(setup.with_micro_size(largest)) <= available
     assert memory.required_bytes(setup.with_micro_size(2 * largest)) > available
     assert memory.largest_micro_size(setup, 10**9) == 0
+
+
+def test_a_gpus_allocator_is_asked_for_the_peak_of_steps_and_not_of_building(monkeypatch):
+    """There is no GPU here: the engine runs on the CPU, and the allocator is played."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: asked.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: asked.append("peak") or 12345)
+    step = NativeEngine.train_step
+    monkeypatch.setattr(NativeEngine, "train_step", lambda *words: asked.append("step") or step(*words))
+    setup = setup_of("custom", 2, steps=2, n_layer=1, n_head=2, d_model=16, vocab_size=30, seq_len=8)
+    assert measure_peak(setup, torch.device("cpu")) == 12345
+    assert asked == ["reset", "step", "step", "peak"]

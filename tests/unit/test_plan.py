@@ -92,12 +92,34 @@ def test_what_would_fit_really_fits_and_the_cheapest_comes_first():
     assert not plan.budget(setup.with_micro_size(8), H100).feasible
 
 
-def test_where_no_setting_helps_more_or_larger_gpus_are_named():
-    found = plan.mends(setup_of("8B", world_size=1), H100)
-    more = dataclasses.replace(setup_of("8B", world_size=1), world_size=int(found[0].split()[1]))
-    assert found[0].startswith("--gpus ")
+def test_where_no_setting_helps_other_engines_more_or_larger_gpus_are_named():
+    setup = setup_of("8B", world_size=1)
+    found = plan.mends(setup, H100)
+    assert found[0] == f"{plan.ZERO_2} --engine.offload_optimizer true --batch.micro_size 2"
+    more = dataclasses.replace(setup, world_size=int(found[1].split()[1]))
+    assert found[1].startswith("--gpus ")
     assert plan.budget(more.with_checkpointing("full").with_micro_size(1), H100).feasible
-    assert found[1].startswith("--gpu ")
+    assert found[2].startswith("--gpu ")
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "first"),
+    [
+        ("ddp", 8, f"{plan.ZERO_2} --batch.micro_size 4"),
+        ("deepspeed", 8, "--engine.zero_stage 1 --batch.micro_size 2"),
+        ("fsdp", 2, f"{plan.ZERO_2} --engine.offload_optimizer true --batch.micro_size 4"),
+    ],
+)
+def test_an_engine_that_divides_more_is_cheaper_than_another_machine_and_really_fits(engine, gpus, first, capsys):
+    model = ModelConfig(size="7B").resolve()
+    config = EngineConfig(name=engine, zero_stage=0)
+    setup = plan.make_setup(model, BatchConfig(128, 8), config, OptimConfig(), "bf16", gpus)
+    found = plan.mends(setup, H100)
+    assert found[0] == first
+    for words in found[: next(index for index, mend in enumerate(found) if mend.startswith("--gpu"))]:
+        options = ["--model", "7B", "--gpus", str(gpus), "--gpu", "h100-80gb", "--tokens", "22B", "--engine", engine]
+        options += ["--precision", "bf16", "--zero_stage", "0", "--activation_checkpointing", "none", *words.split()]
+        assert run(capsys, *options)[0] == 0, words
 
 
 def test_the_production_run_is_planned(capsys):

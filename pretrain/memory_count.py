@@ -1,4 +1,6 @@
-"""An independent count of a training step's peak memory: torch's own tracker over fake tensors.
+"""Counts of a training step's peak memory that know nothing of the plan: torch's own tracker, and a GPU's allocator.
+
+Tests and benchmarks/bench_memory.py hold the plan against them. The tracker goes over fake tensors, on any machine.
 
 The native engine takes its real step, with shapes and dtypes but no data. Three things differ from a GPU: attention is
 torch's fused kernel for CPUs, which knows no dropout (a GPU's saves the same tensors: q, k, v, the output and the
@@ -18,10 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from model import GPT, KERNELS, sdpa_attention
+from model import GPT, KERNELS
 from pretrain import document_mask
 from pretrain.config import EngineConfig, OptimConfig
+from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.engine.native import NativeEngine
+from pretrain.kernels import choose_attention
 from pretrain.memory import Setup
 
 CPU = torch.device("cpu")
@@ -56,15 +60,33 @@ def count_peak(setup: Setup) -> int:
     return int(snapshot["Total"])
 
 
+def measure_peak(setup: Setup, device: torch.device) -> int:
+    """Bytes at the fullest moment of optimizer steps of the native engine on one GPU, as torch's allocator has them.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit there.
+    """
+    batch, model = setup.batch, setup.model
+    kernel, _ = choose_attention(model.attention, device, PRECISION_DTYPES[setup.precision], model.head_dim)
+    engine = NativeEngine(GPT(model, kernel), OptimConfig(), EngineConfig(name="native"), setup.precision, device, 1)
+    tokens = torch.zeros(batch.micro_size, model.seq_len + 1, dtype=torch.int64)
+    torch.cuda.reset_peak_memory_stats(device)  # what building took is no step
+    for _ in range(2):
+        engine.train_step([tokens] * batch.accumulation(1), 1e-3)
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    def dropout(x: Tensor, p: float = 0.5, training: bool = True, _inplace: bool = False) -> Tensor:
         return torch.native_dropout(x, p, training)[0] if p and training else x
 
-    def rms_norm(x: Tensor, shape: list[int], weight: Tensor, eps: float) -> Tensor:
-        return FusedRMSNorm.apply(x, weight, eps)
+    def rms_norm(x: Tensor, _shape: list[int], weight: Tensor, _eps: float) -> Tensor:
+        normed: Tensor = FusedRMSNorm.apply(x, weight)
+        return normed
 
-    fused = {"sdpa": lambda q, k, v, dropout: sdpa_attention(q, k, v, 0.0)}
+    kernel = KERNELS["sdpa"]
+    fused = {"sdpa": lambda q, k, v, dropout: kernel(q, k, v, 0.0)}
     masked = document_mask.sdpa_attend
     fused_documents = document_mask.DocumentKernel(
         document_mask.sdpa_mask, lambda q, k, v, dropout, mask: masked(q, k, v, 0.0, mask)
@@ -82,14 +104,14 @@ class FusedRMSNorm(torch.autograd.Function):
     """The shapes and dtypes of a fused RMSNorm, forward and backward; its numbers mean nothing."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *_gradients: Tensor) -> tuple[Tensor, Tensor]:
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight), None
+        return torch.empty_like(x), torch.empty_like(weight)
 
 
 def _converted(module: nn.Module, what: torch.dtype | torch.device) -> nn.Module:
