@@ -1,4 +1,4 @@
-"""Whether all ranks run the same thing: code, settings and packages, compared before the first step."""
+"""Whether all ranks run the same thing: code, settings, packages and data, compared before the first step."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ import hashlib
 import importlib.metadata
 import platform
 import socket
-from collections.abc import Iterable, Mapping
-from itertools import groupby
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain import log
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, ShardError
 from pretrain.ranks import Ranks
 
-logger = log.get(__name__)
-
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
-OWN_TO_A_NODE = ("data.cache_dir", "checkpoint.dir", "log.dir")  # each node may have its own disks
+OWN_TO_A_NODE = (
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.tokenizer_num_workers",
+    "checkpoint.dir",
+    "log.dir",
+)  # each node may have its own disks
 SHOWN = 3
 
 
 def check_alike(ranks: Ranks, root: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
-    """Compare every rank with rank 0, and say on rank 0 where the ranks are. Every rank must call it.
+    """Compare every rank with rank 0. Every rank must call it.
 
     Args:
         root: of the project; its Python files are what is compared.
@@ -43,8 +45,6 @@ def check_alike(ranks: Ranks, root: Path, settings: Mapping[str, Mapping[str, An
             )
             error.shared = True
             raise error
-    if ranks.is_first:
-        logger.info("ranks: %s", _topology([each["host"] for each in everyone]))
 
 
 def _identity(root: Path, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -85,10 +85,27 @@ def _differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str
     return problems
 
 
-def _topology(hosts: Iterable[str]) -> str:
-    """Ranks by host: "0–7 on a, 8–15 on b"."""
-    parts = []
-    for host, group in groupby(enumerate(hosts), key=lambda item: item[1]):
-        numbers = [number for number, _ in group]
-        parts.append(f"{numbers[0]}–{numbers[-1]} on {host}" if len(numbers) > 1 else f"{numbers[0]} on {host}")
-    return ", ".join(parts)
+def check_same_data(ranks: Ranks, source: str, fingerprint: str, n_shards: int, manifest: str) -> None:
+    """Compare what every rank found under `source` with rank 0. Every rank must call it.
+
+    Args:
+        fingerprint: of the shards' names and tokens.
+        manifest: the text of the manifest.json beside them; '' where there is none.
+
+    Raises:
+        ShardError: a rank found something else; it is named, on every rank alike.
+    """
+    told = hashlib.sha256(manifest.encode()).hexdigest()[:12] if manifest else "none"
+    found = {"host": socket.gethostname(), "shards": n_shards, "tokens": fingerprint[:12], "manifest.json": told}
+    everyone = ranks.exchange(found)
+    for number, other in enumerate(everyone):
+        names = [name for name in found if name != "host" and other[name] != everyone[0][name]]
+        if names:
+            problems = [f"{name} {other[name]} instead of {everyone[0][name]}" for name in names]
+            error = ShardError(
+                f"{source}: rank {number} on {other['host']} did not find what rank 0 on {everyone[0]['host']} found: "
+                f"{', '.join(problems)}",
+                "Give every node the same shards, and start again once nobody is writing there.",
+            )
+            error.shared = True
+            raise error

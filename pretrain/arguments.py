@@ -11,7 +11,9 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +60,12 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--deterministic": ("train.deterministic", True),
     "--compile": ("train.compile", True),
 }
-SYNONYMS: dict[str, dict[str, str]] = {
+AUTO = "auto"
+SYNONYMS: dict[str, dict[str, Any]] = {
     # field: {what people write: what it is called here}
     "train.precision": {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
     "model.activation_checkpointing": {"true": "full", "false": "none"},
+    "batch.micro_size": {AUTO: 0},
 }
 
 
@@ -127,6 +131,9 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     known = _flatten(dataclasses.asdict(Config()))
     from_cli, options, problems = _read_argv(argv, known)
     config_name, from_yaml, yaml_problems = _read_yaml(options.get("config", DEFAULT_CONFIG), known)
+    for here, other in (("data.source", "data.sources"), ("data.sources", "data.source")):
+        if here in from_cli and other not in from_cli:  # the command line's data replaces the file's
+            from_yaml.pop(other, None)
     settings = {**from_yaml, **from_cli}
     for field, names in SYNONYMS.items():
         if (written := str(settings.get(field)).lower()) in names:
@@ -146,16 +153,23 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     )
     problems = validate(config, world_size) + engine_problems(config.engine, world_size)
     if not problems and config.engine.name == "deepspeed":
-        _, problems = deepspeed_settings(config.engine, config.optim, config.batch, config.train.precision, world_size)
+        batch = config.batch.settled
+        _, problems = deepspeed_settings(config.engine, config.optim, batch, config.train.precision, world_size)
     if problems:
         raise ConfigError(problems)
     return Invocation(config, config_name, "debug" in options, "print_config" in options, "force" in options)
 
 
+def gives_sources(argv: Sequence[str]) -> bool:
+    """Whether a command line names a mixture, so that a script must not fill in another source."""
+    return any(word.partition("=")[0] == "--data.sources" for word in argv)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to the same tree."""
     plain = dataclasses.asdict(config)
-    plain["optim"]["betas"] = list(plain["optim"]["betas"])
+    plain["optim"]["betas"], plain["data"]["sources"] = list(plain["optim"]["betas"]), list(plain["data"]["sources"])
+    plain["batch"]["micro_size"] = plain["batch"]["micro_size"] or AUTO
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -265,6 +279,8 @@ def _value_problem(parser: jsonargparse.ArgumentParser, key: str, value: Any) ->
         parser.parse_object(_nest({key: value}))
     except jsonargparse.ArgumentError as error:
         expected = str(error).split("Expected a ")[-1].split(". Got")[0]
+        if key == "data.sources":
+            expected = f"[{{source: gs://b/web, weight: 0.7}}, …]: {expected.splitlines()[-1].strip()}"
         expected = expected.replace("<class '", "").replace("'>", "").replace("typing.Literal", "one of ")
         return f"{key} is {value!r}, expected {expected}"
     return ""
@@ -303,3 +319,22 @@ def world_size_from_env() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"WORLD_SIZE is {text!r}, expected the number of ranks", "Unset it, or start by a launcher.")
     return int(text)
+
+
+def launched_ranks(launcher: Sequence[str]) -> list[int]:
+    """Ranks that the launcher's options may start on all nodes together, ascending: several with --nnodes=MIN:MAX.
+
+    Raises:
+        ConfigError: they are no numbers.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("nproc_per_node", "nnodes"):
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="1")
+    known, _ = parser.parse_known_args(list(launcher))
+    for name, pattern in (("nproc_per_node", r"0*[1-9]\d*"), ("nnodes", r"0*[1-9]\d*(:\d+)?")):
+        if not re.fullmatch(pattern, value := getattr(known, name)):
+            raise ConfigError(f"--{name}={value} is not a number", f"Give --{name}=8, say.")
+    least, _, most = known.nnodes.partition(":")
+    if int(most or least) < int(least):
+        raise ConfigError(f"--nnodes={known.nnodes} is no range of nodes", "Give --nnodes=1:2, say.")
+    return [int(known.nproc_per_node) * nodes for nodes in range(int(least), int(most or least) + 1)]

@@ -6,8 +6,9 @@ its own section, never the whole tree. How the command line and YAML become this
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pretrain.model_config import ModelConfig
@@ -24,17 +25,37 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str
+    """Where its shards are, as `data.source`."""
+    weight: float
+    """Its part of the tokens, in proportion to the others'."""
+    name: str = ""
+    """What metrics call it; empty: the last part of `source`."""
+
+    @property
+    def title(self) -> str:
+        """Its name, given or not."""
+        return self.name or self.source.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
-    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…"""
+    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…;
+    with `tokenizer` raw text: a file, a folder or a glob, also gs:// and hf://datasets/…"""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of `source`, a mixture: [{source: gs://b/web, weight: 0.7}, {source: gs://b/code, weight: 0.3}]"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
     """Where the validation shards are; empty: no validation."""
     max_files: int = 0
-    """Use only the first so many shards by name; 0: all."""
+    """Use only the first so many shards of a source by name; 0: all."""
     cache_dir: str = "cache"
     """Folder of the verified, memory-mapped copies of the shards."""
     pad_token_id: int = -1
@@ -43,8 +64,23 @@ class DataConfig:
     """What a damaged shard does: stop the run, or be left out, counted and named in the summary."""
     shuffle_shards: int = 1
     """Windows are shuffled inside groups of so many shards."""
+    tokenizer: str = ""
+    """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. `source` and `val_source` are then raw text,
+    and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
+    tokenizer_num_workers: int = 4
+    """Processes of a node that prepare raw text."""
+    text_key: str = "text"
+    """Key or column of the text in raw text."""
     download_workers: int = 8
     """Parallel downloads per node."""
+    prefetch_shards: int = 4
+    """Shards that are fetched ahead of those which are trained on, in the order of their turn."""
+    cache_gb: float = 0.0
+    """Bound on a node's `cache_dir`, in GB (10^9 bytes): the least recently used shards make room; 0: no bound."""
+    document_mask: bool = False
+    """Attention never crosses a document, and positions restart with each."""
+    eot_token_id: int = -1
+    """Token id that ends a document, for `document_mask`; -1: the data's manifest.json tells it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +90,17 @@ class BatchConfig:
     global_size: int = 128
     """Sequences in one optimizer step, over all ranks."""
     micro_size: int = 8
-    """Sequences in one forward pass of one rank."""
+    """Sequences in one forward pass of one rank; auto (or 0): the largest that fits, found at start."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the micro batch is still to be chosen."""
+        return self.micro_size == 0
+
+    @property
+    def settled(self) -> BatchConfig:
+        """The same; where the micro batch is still to be chosen, with the least that it can be."""
+        return replace(self, micro_size=1) if self.is_auto else self
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of each rank in one optimizer step."""
@@ -256,6 +302,12 @@ class Config:
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step, over all ranks."""
         return self.batch.global_size * self.model.seq_len
+
+    def with_document_end(self, token_id: int | None) -> Config:
+        """The same with `data.eot_token_id` as the data's manifest told it; None: nobody needs it."""
+        if token_id is None:
+            return self
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, eot_token_id=token_id))
 
     def total_steps(self, windows_per_epoch: int) -> int:
         """Optimizer steps of the whole run.

@@ -230,6 +230,7 @@ def print_summary(summary: Mapping[str, Any], console: Console, commands: Sequen
     """
     summary = {**_of_the_ledger(summary.get("ledger", {})), **summary}
     rows = [(label, text(summary[key])) for key, label, text in _SUMMARY_ROWS if summary.get(key) is not None]
+    rows += [(key, f"{value:.2%}") for key, value in summary.items() if key.startswith("share/")]
     console.print()
     if console.is_terminal:
         table = Table(show_header=False, title="Run finished", title_justify="left", title_style="bold")

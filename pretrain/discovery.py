@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,11 @@ class Inventory:
         """Whether this run has never committed anything, as far as can be seen."""
         return not (self.local or self.bucket or self.damaged)
 
+    def with_bucket(self, bucket: dict[CheckpointName, BucketManifest]) -> Inventory:
+        """The same local commits, beside these of the bucket."""
+        broken = {name: commit.problem for name, commit in bucket.items() if not commit.manifest}
+        return Inventory(self.local, bucket, self.damaged | broken)
+
     def not_in_bucket(self) -> list[Manifest]:
         """The local commits that the bucket lacks and has no later commit of the same step of; oldest first."""
 
@@ -55,6 +60,24 @@ class Inventory:
 
         missing = [manifest for manifest in self.local.values() if not is_there(manifest)]
         return sorted(missing, key=lambda manifest: manifest.sequence)
+
+    def without(self, names: Collection[CheckpointName]) -> Inventory:
+        """Without the local commits of these names."""
+        return replace(self, local={name: manifest for name, manifest in self.local.items() if name not in names})
+
+    def without_parts(self, folder: Path) -> Inventory:
+        """Without the local copies that other nodes wrote a part of, where the bucket has the whole.
+
+        Args:
+            folder: local folder of the run.
+        """
+
+        def is_part(manifest: Manifest) -> bool:
+            commit = self.bucket.get(manifest.name)
+            in_bucket = commit is not None and commit.manifest == manifest
+            return in_bucket and any(not (folder / str(manifest.name) / file).is_file() for file in manifest.files)
+
+        return self.without([name for name, manifest in self.local.items() if is_part(manifest)])
 
     def newest_first(self) -> Iterator[tuple[Manifest, bool]]:
         """(manifest, whether it is the local one) of every readable commit; of one commit the local copy first."""
@@ -79,9 +102,7 @@ def take_inventory(folder: Path, store: ObjectStore | None, run_name: str) -> In
             local[name] = read_manifest(path.parent)
         except CheckpointError as error:
             damaged[name] = error.what
-    bucket = list_commits(store, run_name) if store else {}
-    damaged |= {name: commit.problem for name, commit in bucket.items() if not commit.manifest}
-    return Inventory(local, bucket, damaged)
+    return Inventory(local, {}, damaged).with_bucket(list_commits(store, run_name) if store else {})
 
 
 def choose(

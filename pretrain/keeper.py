@@ -1,8 +1,8 @@
 """Keeps the checkpoints of a run: saves them behind the training, hands them to the uploads, and finds them again.
 
-The training waits only for the copy to host memory. One background thread of each rank writes and commits locally
-(local_writer.py), another uploads and commits in the bucket (upload_queue.py); each has a gloo group of its own to
-agree with its peers.
+The training waits only for the copy to host memory; where that can go on beside the next step, only that step's update
+does (snapshot.py). One background thread of each rank writes and commits locally (local_writer.py), another uploads and
+commits in the bucket (upload_queue.py); each has a gloo group of its own to agree with its peers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pretrain import log
+from pretrain import log, node_disks
 from pretrain.archive import check_kind
-from pretrain.checkpoint import CheckpointReader, HostBuffers, damaged_files, take_snapshot
+from pretrain.checkpoint import CheckpointReader, damaged_files
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.discovery import damaged_objects, take_inventory
@@ -28,9 +28,10 @@ from pretrain.local_writer import SaveJob, Writer
 from pretrain.ranks import Ranks, background_group
 from pretrain.resumption import agree, share_inventory
 from pretrain.run_lock import RunLock
-from pretrain.storage import open_store
+from pretrain.snapshot import HostBuffers, take_snapshot
+from pretrain.storage import ObjectStore, open_store
 from pretrain.upload_queue import UploadQueue
-from pretrain.uploads import UploadJob, check_writable, list_commits
+from pretrain.uploads import UploadJob, list_commits
 
 ABANDON_S = 60.0  # that a run which met an error still gives to what it has saved
 NOTABLE_WAIT_S = 0.1
@@ -66,19 +67,20 @@ class Keeper:
         writer_group, upload_group = background_group(), background_group()
         self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
         self._sequence = self._inventory.last_sequence
-        self._last_saved_step = 0
+        self._last_saved_step, self._is_closed = 0, False
         self._buffers = HostBuffers()
         self._saved: list[CheckpointName] = []
+        self._leftovers: list[node_disks.Leftover] = []
+        self._torn: set[node_disks.Identity] = set()
         self._leftover: CheckpointName | None = None  # the run's newest, where an earlier process did not upload it
         self.skipped: list[str] = []
         """Names of the saves that were left out because the one before was still being written."""
         self.dropped: list[str] = []
         """Names of the checkpoints that were removed before they reached the bucket, to bound what waits for it."""
         self._events: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
-        self._is_closed = False
         self._uploads: UploadQueue | None = None
         if self._store:
-            self._check_writable(attempt)
+            node_disks.check_every_node_writes(ranks, self._store, run_name, attempt)
             self._uploads = UploadQueue(
                 self._store,
                 run_name,
@@ -110,39 +112,52 @@ class Keeper:
 
         if self._store is None:
             self._ranks.decided_by_first(alone)
+            node_disks.check_shared_folder(self._ranks, self._folder)
         return lock
-
-    def _check_writable(self, attempt: str) -> None:
-        """Have rank 0 write to the bucket before the first step, not hours later. Raises StorageError everywhere."""
-
-        def probe() -> dict[str, Any]:
-            assert self._store is not None
-            check_writable(self._store, self._run_name, attempt)
-            return {}
-
-        self._ranks.decided_by_first(probe)
 
     # ---- finding ----
 
     def resume(self) -> CheckpointReader | None:
-        """The checkpoint to go on from, as `resumption.agree` finds it; None to start afresh."""
+        """The checkpoint to go on from, as `resumption.agree` finds it; None to start afresh.
+
+        Raises:
+            StorageError: the newest one lies in parts on several nodes, and could not be brought together.
+        """
+        if self._uploads and self._store and self._config.resume:
+            self._find_leftovers(self._uploads, self._store)
         return agree(self._ranks, self._inventory, self._config.resume, self._folder, self._store, self._run_name)
 
+    def _find_leftovers(self, uploads: UploadQueue, store: ObjectStore) -> None:
+        """See what earlier starts left on the nodes; what lies in parts is committed at once, to be had by all."""
+        found = node_disks.find_leftovers(self._ranks, self._inventory.not_in_bucket(), self._folder)
+        self._leftovers = [left for left in found if not left.is_torn]
+        self._torn = {node_disks.identity(left.manifest) for left in found if left.is_torn}
+        if self._ranks.is_first:
+            node_disks.say_what_is_torn(found)
+        parts = {str(left.manifest.name) for left in self._leftovers if not left.is_on_first}
+        if parts:
+            self.upload_leftovers()
+            uploads.wait()
+            with self._ranks.together():
+                self.check()
+                if failed := sorted(parts & set(uploads.waiting)):
+                    what = f"{failed[-1]} lies in parts on several nodes and could not be brought together"
+                    raise StorageError(f"{what} in {store.url}", "Start again once the bucket is within reach.")
+            self._inventory = share_inventory(self._ranks, self._folder, store, self._run_name)
+        if self._ranks.is_first:  # what lacks a node never was a checkpoint
+            self._inventory = self._inventory.without({x.manifest.name for x in found if x.lacks_a_node(self._ranks)})
+
     def upload_leftovers(self) -> None:
-        """Queue the local checkpoints that an earlier process committed here and not in the bucket, oldest first."""
-        if not self._uploads:
-            return
-        missing = self._inventory.not_in_bucket() if self._ranks.is_first else []
-        whole = [manifest for manifest in missing if not damaged_files(manifest, self._folder / str(manifest.name))]
-        answer = self._ranks.from_first({"left": [manifest.to_bytes().decode() for manifest in whole]})
-        for text in answer["left"]:
-            manifest = Manifest.from_bytes(text.encode(), "the manifest of rank 0")
-            files = tuple(manifest.files) if self._ranks.is_first else ()
+        """Queue what an earlier process committed on the nodes and not in the bucket, oldest first; once."""
+        leftovers, self._leftovers = self._leftovers, []
+        for left in leftovers:
+            assert self._uploads is not None
+            name = left.manifest.name
             if self._ranks.is_first:
-                logger.info("%s was not uploaded before: queued", manifest.name)
-            self._uploads.put(UploadJob(manifest, self._folder / str(manifest.name), files))
-            if manifest.sequence == self._inventory.last_sequence:
-                self._leftover = manifest.name
+                logger.info("%s was not uploaded before: queued", name)
+            self._uploads.put(UploadJob(left.manifest, self._folder / str(name), left.own_files))
+            if left.manifest.sequence == self._inventory.last_sequence:
+                self._leftover = name
 
     # ---- saving ----
 
@@ -170,7 +185,10 @@ class Keeper:
         self._writer.wait()
         if (waited_s := time.perf_counter() - started) > NOTABLE_WAIT_S:
             logger.info("%s: training waited %.1f s until the one before was written", name, waited_s)
-        snapshot = take_snapshot(engine.parameter_states(), self._ranks.rank, self._ranks.world_size, self._buffers)
+        ranks, states_stay = self._ranks, engine.states_stay
+        states = engine.parameter_states()
+        snapshot = take_snapshot(states, ranks.rank, ranks.world_size, self._buffers, states_stay=states_stay)
+        engine.before_update = snapshot.copying.wait
         self._sequence += 1
         self._last_saved_step = name.step
         self._writer.put(SaveJob(name, self._sequence, snapshot, documents))
@@ -326,6 +344,8 @@ class Keeper:
         """Whether this very commit, not only one of its name, is in the bucket, or was and has been pruned since."""
         if self._uploads is None:
             return True
+        if node_disks.identity(manifest) in self._torn:  # never to be whole again; what came later is worth more
+            return bool(self._uploads.committed)
         before = self._inventory.bucket.get(manifest.name)
         commits = [*self._uploads.committed, *([before.manifest] if before and before.manifest else [])]
         return any(commit.name == manifest.name and commit.attempt == manifest.attempt for commit in commits)

@@ -34,12 +34,15 @@ from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, determine_local_world_size, get_args_parser
 
-from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
+from pretrain.communication import address_towards
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrainerError
 from pretrain.processes import LAUNCHER_PID
+from pretrain.rendezvous import BACKEND, NodesRendezvous, register
 from pretrain.stopping import SIGNALS, is_nohup
 
 ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()}  # the worker has printed its line
-LOOPBACK = "127.0.0.1"
+LOOPBACK, MASTER_PORT = "127.0.0.1", 29500
+SAVE_S = 600  # when another node comes in, the ranks save first
 SHUTDOWN_S = 5  # when one worker has failed, nothing that the others do can end well: their peer is gone
 
 
@@ -69,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         except SignalException as error:
             return 128 + error.sigval
         except (DistError, RendezvousError) as error:
-            return _report_rendezvous(error, options)
+            return _report_rendezvous(error, options.rdzv_endpoint)
     return EXIT_DONE
 
 
@@ -82,11 +85,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _default_rendezvous(options: argparse.Namespace) -> None:
-    """One node meets on a free loopback port of its own; several meet at --master_addr and --master_port."""
+    """One node meets on a free loopback port of its own; several at --master_addr and --master_port, as in
+    rendezvous.py, unless a torchrun rendezvous of the user's own is asked for."""
     if options.standalone or (options.nnodes in ("1", "1:1") and not options.rdzv_endpoint):
         options.rdzv_backend, options.rdzv_endpoint, options.rdzv_id = "c10d", f"{LOOPBACK}:0", str(uuid.uuid4())
         options.local_addr = LOOPBACK  # otherwise the host's own name must resolve, and on laptops it often doesn't
-    options.master_port = options.master_port or 29500
+    elif options.rdzv_backend == "static" and not options.rdzv_endpoint:
+        register()
+        host, number = options.master_addr, options.node_rank
+        options.rdzv_backend, options.rdzv_id = BACKEND, "run" if options.rdzv_id == "none" else options.rdzv_id
+        options.rdzv_endpoint = f"{host}:{options.master_port or MASTER_PORT}"
+        own = f"node_rank={number},is_host={int(number == 0)}"
+        options.rdzv_conf = f"{options.rdzv_conf},{own}" if options.rdzv_conf else own
+        options.node_rank = 0  # or torchrun warns that it does not use it
+        # By its name node 0 may know itself as 127.0.1.1; the others know it by what they were told.
+        options.local_addr = options.local_addr or (host if number == 0 else address_towards(host))
 
 
 @contextlib.contextmanager
@@ -143,11 +156,12 @@ def _known_to_workers() -> Iterator[None]:
 @contextlib.contextmanager
 def _closing_within(seconds: int) -> Iterator[None]:
     """Have the agent send SIGKILL so many seconds after SIGTERM when a worker has failed: it closes without a timeout
-    of its own there, and PContext's default is no option."""
+    of its own there, and PContext's default is no option. Where another node comes in, they save first."""
     close = PContext.close
 
-    def close_in_time(self: PContext, death_sig: signal.Signals | None = None, timeout: int = seconds) -> None:
-        close(self, death_sig, timeout)
+    def close_in_time(self: PContext, death_sig: signal.Signals | None = None, timeout: int | None = None) -> None:
+        scaling = NodesRendezvous.current is not None and NodesRendezvous.current.scaling
+        close(self, death_sig, SAVE_S if scaling else timeout or seconds)
 
     PContext.close = close_in_time  # type: ignore[method-assign]
     try:
@@ -196,11 +210,14 @@ def _exit_code(failures: Mapping[int, ProcessFailure], received: list[int]) -> i
     return 128 - code
 
 
-def _report_rendezvous(error: Exception, options: argparse.Namespace) -> int:
-    where = options.rdzv_endpoint or f"{options.master_addr}:{options.master_port}"
-    cause = " ".join(str(error).split()) or type(error).__name__
+def _report_rendezvous(error: Exception, where: str) -> int:
+    cause = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    meeting = NodesRendezvous.current
+    if meeting and meeting.met:  # nothing is wrong with the settings: another node is gone, and may come back
+        print(f"launch: the nodes have lost each other at {where}: {cause:.200}", file=sys.stderr)
+        return EXIT_UNEXPECTED
     mend = "Check MASTER_ADDR, NODE_RANK and the firewall on every node, or take another MASTER_PORT"
-    problem = ConfigError(f"the nodes could not meet at {where}: {cause}", mend)
+    problem = ConfigError(f"the nodes could not meet at {where}: {cause:.200}", mend)
     print(problem.line(), file=sys.stderr)
     return problem.exit_code
 

@@ -134,8 +134,9 @@ class ModelConfig:
     """The output head is the token embedding."""
     dropout: float = 0.1
     """Dropout probability on embeddings, attention and residual branches."""
-    attention: Literal["auto", "flash", "sdpa", "plain"] = "auto"
-    """Attention kernel: the FlashAttention package, torch's fused kernels, or plain matrices; auto takes the best."""
+    attention: Literal["auto", "flash", "flex", "sdpa", "plain"] = "auto"
+    """Attention kernel: the FlashAttention package, torch's flex attention (with data.document_mask only), torch's
+    fused kernels, or plain matrices; auto takes the best."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, all but the matrix products and attention,
     or whole blocks."""

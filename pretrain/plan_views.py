@@ -95,3 +95,19 @@ def gigabytes(n_bytes: float) -> str:
 def days(hours: float) -> str:
     """Hours for people."""
     return f"{hours / 24:.1f} days" if hours >= 48 else f"{hours:.1f} hours"
+
+
+def scaling_cells(row: dict[str, Any]) -> list[str]:
+    """One row of the scaling table, from `scaling.scaling_row`."""
+    return [
+        row["engine"].removeprefix("deepspeed "),
+        str(row["gpus"] // 8),
+        str(row["micro_batch_size"]),
+        str(row["accumulation"]),
+        f"{row['gb_a_step']:.1f}",
+        f"{row['computing_ms']:.0f}",
+        f"{row['communicating_ms']:.0f}",
+        f"{row['step_ms']:.0f}",
+        f"{row['efficiency'] * 100:.0f}",
+        f"{row['tokens_per_second']:,}",
+    ]

@@ -17,6 +17,7 @@ import psutil
 from pretrain.errors import ConfigError
 
 LAUNCHER_PID = "PRETRAIN_LAUNCHER_PID"  # in the environment of every rank that pretrain.launch starts
+RESTARTED = "PRETRAIN_RESTARTED"  # in the environment of a command that a supervisor starts again
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # of linux/prctl.h
 PATIENCE_S, LOOK_AGAIN_S = 30.0, 0.05
 _LIBC = ctypes.CDLL(None)  # loaded here: after a fork, before the exec, nothing may be loaded

@@ -6,6 +6,7 @@ that it never waits for a GPU stream, and as JSON bytes, so that nothing is ever
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -13,20 +14,20 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
+from pretrain.communication import BACKGROUND_TIMEOUT, collective_timeout, settle
 from pretrain.errors import ConfigError, TrainerError
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
-BACKGROUND_TIMEOUT = timedelta(hours=3)  # a slow upload is not a dead rank; the launcher ends what is dead
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,13 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank. Every rank must call it."""
-        word = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(word.item())
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set on at least one rank. Every rank must call it."""
+        words = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(word) for word in words.tolist()]
 
     def mean(self, value: float) -> float:
         """The mean of a value over the ranks, in float64. Every rank must call it."""
@@ -89,12 +94,28 @@ class Ranks:
                 message = {"kind": error.kind, "what": error.what, "mend": error.mend}
         answer = self.from_first(message)
         if "decision" not in answer:
-            kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
-            shared = kinds[answer["kind"]](answer["what"], answer["mend"])
-            shared.shared = True
-            raise shared
+            raise _shared_error(answer)
         decision: dict[str, Any] = answer["decision"]
         return decision
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A TrainerError that the block raises on one rank is raised on every rank. Every rank must enter it."""
+        message: dict[str, Any] = {}
+        try:
+            yield
+        except TrainerError as error:
+            message = {"kind": error.kind, "what": error.what, "mend": error.mend}
+        if failed := next((answer for answer in self.exchange(message) if answer), None):
+            raise _shared_error(failed)
+
+
+def _shared_error(message: Mapping[str, Any]) -> TrainerError:
+    """The error of another rank, by its kind, what and mend."""
+    kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
+    shared = kinds[message["kind"]](message["what"], message["mend"])
+    shared.shared = True
+    return shared
 
 
 def exchange(message: Mapping[str, Any], world_size: int, group: dist.ProcessGroup) -> list[dict[str, Any]]:
@@ -137,12 +158,42 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
         raise ConfigError(f"the environment has {there}, but not {', '.join(missing)}", mend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=timeout_minutes)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
-    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     local_rank, local_world_size = local_ranks()
+    settle(several_nodes=int(environment["WORLD_SIZE"]) > local_world_size)
+    timeout = collective_timeout(timeout_minutes)
+    if device.type == "cuda":
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        check_own_gpu(store, rank, world_size, str(torch.cuda.get_device_properties(device).uuid))
+        place = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group("nccl", timeout=timeout, device_id=device, **place)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
+
+
+def check_own_gpu(store: Any, rank: int, world_size: int, gpu: str) -> None:
+    """Refuse a GPU that another rank has: NCCL would fail later and less clearly. Every rank must call it.
+
+    Args:
+        store: where the ranks meet.
+        gpu: the identity of this rank's GPU.
+
+    Raises:
+        ConfigError: naming the two ranks, on every rank.
+    """
+    store.set(f"gpu of {rank}", f"{socket.gethostname()} {gpu}")
+    places = store.multi_get([f"gpu of {other}" for other in range(world_size)])  # waits for all of them
+    owners: dict[str, int] = {}
+    for other, place in enumerate(each.decode() for each in places):
+        if place in owners:
+            host, _, number = place.partition(" ")
+            raise ConfigError(
+                f"ranks {owners[place]} and {other} are on one GPU ({number} of {host})",
+                "Start as many processes a node as it has GPUs, each with its own LOCAL_RANK, and let "
+                "CUDA_VISIBLE_DEVICES be the same for all of them.",
+            )
+        owners[place] = other
 
 
 def _end_with_torchrun() -> None:

@@ -8,25 +8,32 @@ from typing import Any
 from pretrain import log
 from pretrain.checkpoint import CheckpointReader, damaged_files, read_manifest
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
-from pretrain.discovery import AUTO, Inventory, choose, fetch, take_inventory
+from pretrain.discovery import AUTO, Inventory, choose, fetch
 from pretrain.errors import CheckpointError
+from pretrain.node_disks import take_inventories
 from pretrain.ranks import Ranks
 from pretrain.storage import ObjectStore
-from pretrain.uploads import BucketManifest
+from pretrain.uploads import BucketManifest, list_commits
 
 logger = log.get(__name__)
 
 
 def share_inventory(ranks: Ranks, folder: Path, store: ObjectStore | None, run_name: str) -> Inventory:
-    """Rank 0's inventory; the other ranks learn its last sequence and what is in the bucket, or its error.
+    """On rank 0 what all nodes and the bucket have; the others learn its last sequence and what is in the bucket.
 
     Args:
         folder: local folder of the run.
+
+    Raises:
+        StorageError: the bucket can't be listed; on every rank.
     """
     found: list[Inventory] = []
+    local = take_inventories(ranks, folder)
 
     def look() -> dict[str, Any]:
-        found.append(take_inventory(folder, store, run_name))
+        inventory = local.with_bucket(list_commits(store, run_name) if store else {})
+        several = ranks.world_size > ranks.local_world_size
+        found.append(inventory.without_parts(folder) if several else inventory)
         commits = [commit.manifest for commit in found[0].bucket.values() if commit.manifest]
         bucket = [manifest.to_bytes().decode() for manifest in commits]
         return {"last_sequence": found[0].last_sequence, "bucket": bucket}
@@ -59,9 +66,9 @@ def agree(
         return None
     manifest = Manifest.from_bytes(answer["manifest"].encode(), "the manifest of rank 0")
     checkpoint = folder / str(manifest.name)
-    if ranks.local_rank == 0 and not ranks.is_first:
-        _complete_on_this_node(manifest, checkpoint, store, run_name)
-    ranks.barrier()
+    with ranks.together():
+        if ranks.local_rank == 0 and not ranks.is_first:
+            _complete_on_this_node(manifest, checkpoint, store, run_name)
     return CheckpointReader(checkpoint, manifest)
 
 

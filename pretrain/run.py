@@ -6,16 +6,15 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 
 from model import GPT
 from pretrain import budget, log
+from pretrain.batches import Position
 from pretrain.budget import Prediction
-from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
 from pretrain.corpus import Corpus
 from pretrain.divergence import Watch
@@ -26,12 +25,16 @@ from pretrain.hardware import describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.ledger import spent_budget
-from pretrain.metrics import Metrics, open_metrics
-from pretrain.plan import make_setup
+from pretrain.metrics import Metrics
+from pretrain.mixture import Mixture
 from pretrain.power import EnergyWindow
-from pretrain.progress import Progress, carried_ledger
+from pretrain.progress import Progress
 from pretrain.ranks import Ranks
-from pretrain.telemetry import Telemetry, open_telemetry
+from pretrain.read_ahead import ReadAhead
+from pretrain.stopping import StopRequest
+from pretrain.telemetry import Telemetry
+
+LOOK_EVERY_S = 0.5  # while a batch is waited for: for a signal, and whether data arrives
 
 logger = log.get(__name__)
 
@@ -47,6 +50,7 @@ class Run:
         total_steps: step at which the run ends.
         prediction: of memory and speed; None on a CPU.
         beat: told the number of each step that has ended; the watchdog listens.
+        excuse: told that no step can end, and that this is no hang; the watchdog listens.
 
     Attributes:
         first_step: step at which this process began, or went back to where that is lower.
@@ -81,6 +85,7 @@ class Run:
     unrecorded_seconds: float = 0.0
     val_loss: float | None = None
     beat: Callable[[int], None] = lambda _step: None
+    excuse: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         precision = self.config.train.precision
@@ -100,7 +105,32 @@ class Run:
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
+        if isinstance(self.corpus.batches, Mixture):
+            for line in self.corpus.batches.outlook(self.total_steps):
+                logger.info(line)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
+
+    def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
+        """Begin a step: wait until every rank has its batch, or one is asked to stop (`stopped`).
+
+        A wait while data arrives, on whatever rank, is no hang. Every rank must call it.
+
+        Returns:
+            seconds that a rank without its batch had the others wait.
+        """
+        self.telemetry.begin_step(self.progress.step + 1)
+        started, arrived, waits = time.perf_counter(), self.corpus.batches.arrived, True
+        waited_s = 0.0
+        with self.phase("data_wait"):
+            while waits and not self.stopped:
+                is_ready = stream.ready(LOOK_EVERY_S if waited_s else 0.0)
+                arrives, arrived = self.corpus.batches.arrived != arrived, self.corpus.batches.arrived
+                self.stopped, waits, arrives = self.ranks.any_of(bool(stop), not is_ready, arrives)
+                if waits:
+                    waited_s = max(time.perf_counter() - started, 1e-9)
+                if waits and arrives:
+                    self.excuse()
+        return waited_s and time.perf_counter() - started
 
     def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""
@@ -154,6 +184,7 @@ class Run:
                 "tokens": progress.tokens,
                 "loss": loss,
                 "val_loss": val_loss,
+                **self.shares(),
                 "lr": lr,
                 "grad_norm": result.grad_norm,
                 "loss_scale": self.loss_scale,
@@ -166,6 +197,17 @@ class Run:
                 **self._energy.figures(at_once=progress.step == self.total_steps),
             }
         )
+
+    def shares(self) -> dict[str, float]:
+        """share/NAME and tokens/NAME of each source of a mixture: its part of what was read, and the target tokens.
+
+        Read are also the windows that a roll-back passed over.
+        """
+        batches = self.corpus.batches
+        given = batches.windows_of(self.progress.position) if isinstance(batches, Mixture) else {}
+        total, seq_len = sum(given.values()) or 1, self.config.model.seq_len
+        found: dict[str, float] = {f"share/{name}": count / total for name, count in given.items()}
+        return found | {f"tokens/{name}": count * seq_len for name, count in given.items()}
 
     def _energy_j(self) -> float | None:
         """Joules that the devices of all nodes have used since this process began; None where one node can't tell."""
@@ -215,6 +257,7 @@ class Run:
             "steps_of_this_process": progress.step - self.first_step,
             "tokens": progress.tokens,
             "files_processed": progress.files,
+            **self.shares(),
             "shards_skipped": len(self.corpus.skipped_shards),
             "skipped_shard_names": list(self.corpus.skipped_shards),
             "updates_skipped": progress.skipped_updates,
@@ -257,44 +300,3 @@ class Run:
             ("go on", again) if ended_early else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
         ]
-
-
-def open_instruments(
-    config: Config,
-    ranks: Ranks,
-    device: torch.device,
-    total_steps: int,
-    first_step: int,
-    checkpoint: CheckpointReader | None,
-) -> tuple[Metrics, Telemetry]:
-    """What a run is measured and recorded with; see open_metrics and open_telemetry.
-
-    Args:
-        first_step: steps already done.
-        checkpoint: that was resumed.
-    """
-    name = config.run.name
-    telemetry = open_telemetry(config.log, name, device, ranks.rank, ranks.local_rank, ranks.local_world_size)
-    start = {  # what the books must know of this process
-        "process_began": psutil.Process().create_time(),
-        "world_size": ranks.world_size,
-        "measures_energy": telemetry.energy_j is not None,
-    }
-    metrics = open_metrics(
-        config.log,
-        name,
-        settings=asdict(config),
-        total_steps=total_steps,
-        first_step=first_step,
-        rank=ranks.rank,
-        start=start,
-        carried=carried_ledger(checkpoint) if checkpoint else None,
-    )
-    return metrics, telemetry
-
-
-def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
-    """See `budget.check_memory`."""
-    engine, optim, precision = config.engine, config.optim, config.train.precision
-    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
-    return budget.check_memory(setup, device, ranks, force)

@@ -39,6 +39,8 @@ class Sink:
 
 def tag(field: str) -> str:
     """The chart of a field, in groups: train/loss, perf/mfu, system/gpu_power_w, val/loss."""
+    if field.startswith(("share/", "tokens/")):  # of a mixture's sources
+        return f"data/{field}"
     if field.startswith("val_"):
         return f"val/{field.removeprefix('val_')}"
     if field.startswith(("gpu_", "cpu_", "host_", "power_", "energy_")):

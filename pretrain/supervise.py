@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import signal
 import socket
@@ -45,7 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain import log
-from pretrain.arguments import parse
+from pretrain.arguments import launched_ranks, parse
 from pretrain.checkpoint_manifest import MANIFEST_FILE, Manifest
 from pretrain.errors import (
     EXIT_DONE,
@@ -58,7 +59,7 @@ from pretrain.errors import (
     TrainerError,
 )
 from pretrain.ledger import RESTARTS_FILE
-from pretrain.processes import Command, LaunchedCommand
+from pretrain.processes import RESTARTED, Command, LaunchedCommand
 from pretrain.stopping import StopRequest, stop_request
 
 POLL_S = 0.2
@@ -169,6 +170,7 @@ class Supervisor:
             pause_s = self._policy.pause_s(restarts, self._uniform)
             self._report(code, restarts, self._clock() - started, pause_s)
             self._pause(pause_s)
+            os.environ[RESTARTED] = str(restarts)
         return EXIT_STOPPED  # nothing runs, nothing is lost
 
     def end_at_once(self) -> None:
@@ -325,21 +327,12 @@ def _find_run(options: argparse.Namespace, command: Sequence[str]) -> Supervised
     if script is None:
         mend = "Give --run-checkpoints and --run-logs, or a command with train.py."
         raise ConfigError("the command does not tell where its checkpoints are", mend)
-    config = parse(list(command[script + 1 :]), _world_size(command[:script])).config
+    sizes = launched_ranks(command[:script])
+    for ranks in sizes[:-1]:  # an elastic run must be able to go on with any number of its nodes
+        parse(list(command[script + 1 :]), ranks)
+    config = parse(list(command[script + 1 :]), sizes[-1]).config
     name, checkpoint = config.run.name, config.checkpoint
     return SupervisedRun(Path(checkpoint.dir) / name, Path(config.log.dir) / name, checkpoint.resume == "auto")
-
-
-def _world_size(launcher: Sequence[str]) -> int:
-    """Ranks that the launcher's options start on all nodes together."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("nproc_per_node", "nnodes"):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default="1")
-    known, _ = parser.parse_known_args(list(launcher))
-    for name, value in vars(known).items():
-        if not value.isdecimal() or not int(value):
-            raise ConfigError(f"--{name}={value} is not a number", f"Give --{name}=8, say.")
-    return int(known.nproc_per_node) * int(known.nnodes)
 
 
 if __name__ == "__main__":

@@ -79,17 +79,6 @@ def list_commits(
     return found
 
 
-def check_writable(store: ObjectStore, run_name: str, attempt: str) -> None:
-    """Create and delete a tiny object beside the run's checkpoints, before hours of work depend on it.
-
-    Raises:
-        StorageError: naming the right that is missing.
-    """
-    name = f"{run_name}/{PROBE_PREFIX}{attempt}"
-    store.create(name, b"is this bucket writable?\n")
-    store.delete(name)
-
-
 class BucketRun:
     """One run in the bucket.
 

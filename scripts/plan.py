@@ -2,6 +2,7 @@
 
     python scripts/plan.py --model 1.2B --gpus 8 --gpu h100-80gb --tokens 22B
     python scripts/plan.py --model 7B --gpus 8 --gpu h100-80gb --tokens 22B --compare
+    python scripts/plan.py --model 1.2B --gpu h100-80gb --scaling
     python scripts/plan.py --models
 
 Every option of train.py works as well (`--model.n_layer 30`, `--engine native`). Exit code 0: the run fits into the
@@ -20,15 +21,24 @@ from typing import Any
 from rich.console import Console
 
 from pretrain import memory, plan
-from pretrain.arguments import parse
-from pretrain.config import Config
+from pretrain.arguments import gives_sources, parse
+from pretrain.config import Config, EngineConfig
 from pretrain.errors import ConfigError, TrainerError
-from pretrain.gpus import CARDS
+from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
 from pretrain.plan import GB, Gpu, Speed
-from pretrain.plan_views import comparison_row, course_rows, feasibility_rows, gigabytes, memory_rows, setting_rows
+from pretrain.plan_views import (
+    comparison_row,
+    course_rows,
+    feasibility_rows,
+    gigabytes,
+    memory_rows,
+    scaling_cells,
+    setting_rows,
+)
+from pretrain.scaling import NETWORKS, Network, scaling_row
 
 EXIT_FEASIBLE, EXIT_INFEASIBLE = 0, 2
 # option: the field of train.py that it sets
@@ -43,6 +53,7 @@ SHORT_FORMS = {
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
 COMPARED_SIZES = 5
+NODES = (1, 2, 4, 8, 16, 32, 64)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.models:
             return show_models(config.model, options.family or "", console, options.json)
         gpu = Gpu.named(options.gpu)
-        setup = plan.make_setup(
-            config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
-        )
+        setup = setup_of(config, config.engine, options.gpus)
+        if config.batch.is_auto:
+            largest = memory.largest_micro_size(setup, memory.available_bytes(gpu.memory_bytes))
+            setup = setup.with_micro_size(largest or 1)
+        if options.scaling:
+            return show_scaling(setup, gpu, config, console, options.json)
         if options.compare:
             return show_comparison(setup, gpu, config, console, options.json)
         return show_plan(setup, gpu, config, options, console)
@@ -79,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(option, help=f"as --{field}")
     parser.add_argument("--shards", type=int, default=0, help="files that hold the tokens, for the bucket's traffic")
     parser.add_argument("--compare", action="store_true", help="engines × activation checkpointing × micro batch")
+    parser.add_argument("--scaling", action="store_true", help="engines × 1 to 64 nodes: bytes, step, efficiency")
     parser.add_argument("--models", action="store_true", help="every size with its exact count")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
@@ -92,7 +107,7 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
     """
     if options.gpus < 1:
         raise ConfigError(f"--gpus is {options.gpus}, expected at least 1")
-    argv = ["--config", options.config, "--data", "planned"]
+    argv = ["--config", options.config, *([] if gives_sources(others) else ["--data", "planned"])]
     if options.model:
         argv += ["--model.size", options.model]
         argv += [] if options.family else ["--model.family", ""]
@@ -103,6 +118,12 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
         if (value := getattr(options, option.removeprefix("--"))) is not None:
             argv += [f"--{field}", value]
     return parse(argv + others, world_size=options.gpus).config
+
+
+def setup_of(config: Config, engine: EngineConfig, world_size: int) -> Setup:
+    """What decides the memory of a run with these settings on another engine or number of GPUs."""
+    batch, optim, masked = config.batch, config.optim, config.data.document_mask
+    return plan.make_setup(config.model, batch, engine, optim, config.train.precision, world_size, masked)
 
 
 # ---- one plan ----
@@ -205,26 +226,47 @@ def compared(setup: Setup, gpu: Gpu) -> dict[str, Any]:
     }
 
 
+def show_scaling(setup: Setup, gpu: Gpu, config: Config, console: Console, as_json: bool) -> int:
+    """Print what every engine's communication costs on 1 to 64 nodes of eight GPUs, with two kinds of network."""
+    if not getattr(PEAK_FLOPS.get(gpu.peak), setup.precision, 0):
+        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
+    tables = {name: scaling_rows(setup, gpu, config, network) for name, network in NETWORKS.items()}
+    if as_json:
+        print(json.dumps({"gpu": gpu.name, "tables": tables}, indent=1))
+        return EXIT_FEASIBLE
+    model, batch = setup.model, setup.batch
+    what = f"{model.size}, {model.n_parameters:,} parameters, {setup.precision}, on {gpu.name}"
+    console.print(f"{what}; {batch.global_size} × {model.seq_len} tokens a step. Predicted", soft_wrap=True)
+    head = ["engine", "nodes", "micro", "acc", "GB/step", "comp ms", "comm ms", "step ms", "eff %", "tok/s"]
+    for name, rows in tables.items():
+        body = [scaling_cells(row) for row in rows]
+        print_table(
+            head, body, console, right=head[1:], title=f"{name} between nodes of 8 GPUs, NVLink 450 GB/s inside"
+        )
+    limit = f"At most {batch.global_size} GPUs divide {batch.global_size} sequences."
+    console.print(f"GB/step: on each GPU's wire. {limit} Memory is not looked at: --compare.", soft_wrap=True)
+    return EXIT_FEASIBLE
+
+
+def scaling_rows(setup: Setup, gpu: Gpu, config: Config, network: Network) -> list[dict[str, Any]]:
+    """Every engine on every number of nodes that the batch divides among, with the config's micro batch at most."""
+    rows = []
+    for choice in choices(setup, config)[::3]:
+        for nodes in NODES:
+            many = dataclasses.replace(choice, world_size=nodes * network.node)
+            if sizes := [size for size in many.micro_sizes if size <= setup.batch.micro_size]:
+                rows.append(scaling_row(many.with_micro_size(max(sizes)), gpu.peak, network))
+    return rows
+
+
 def choices(setup: Setup, config: Config) -> list[Setup]:
     """The setup on every engine, with every kind of activation checkpointing; DeepSpeed as ds_config.json has it."""
     changes: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "fsdp"}]
     changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
     if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
         changes = [change for change in changes if change.get("zero_stage") != 0]
-    batch, optim, precision = config.batch, config.optim, config.train.precision
     engines = [dataclasses.replace(config.engine, **change) for change in changes]
-    changed = [plan.make_setup(config.model, batch, each, optim, precision, setup.world_size) for each in engines]
-    changed = [
-        plan.make_setup(
-            config.model,
-            config.batch,
-            dataclasses.replace(config.engine, **change),
-            config.optim,
-            config.train.precision,
-            setup.world_size,
-        )
-        for change in changes
-    ]
+    changed = [setup_of(config, engine, setup.world_size) for engine in engines]
     return [each.with_checkpointing(kind) for each in changed for kind in ("none", "selective", "full")]
 
 

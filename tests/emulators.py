@@ -48,15 +48,15 @@ def embedded_bucket(root: Path, bucket: str = "demo") -> Iterator[Emulator]:
 
 
 @contextlib.contextmanager
-def fake_gcs(root: Path, bucket: str = "fake") -> Iterator[Emulator]:
-    """fake-gcs-server over the folder `root`."""
+def fake_gcs(root: Path, bucket: str = "fake", address: str = "127.0.0.1") -> Iterator[Emulator]:
+    """fake-gcs-server over the folder `root`, listening on `address`."""
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    host = f"127.0.0.1:{port}"
+    host = f"{address}:{port}"
     command = [str(_get_binary_path()), "-scheme", "http", "-backend", "filesystem", "-filesystem-root", str(root)]
-    command += ["-host", "127.0.0.1", "-port", str(port), "-external-url", f"http://{host}", "-public-host", host]
+    command += ["-host", address, "-port", str(port), "-external-url", f"http://{host}", "-public-host", host]
     with _process([*command, "-log-level", "error"]) as process:
-        _await(process, lambda: _answers(port))
+        _await(process, lambda: _answers(address, port))
         body = json.dumps({"name": bucket}).encode()
         headers = {"Content-Type": "application/json"}
         url = f"http://{host}/storage/v1/b?project=emulator"
@@ -96,7 +96,7 @@ def _await(process: subprocess.Popen[bytes], is_ready: Callable[[], bool]) -> No
         time.sleep(0.02)
 
 
-def _answers(port: int) -> bool:
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+def _answers(address: str, port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection((address, port), 1):
         return True
     return False

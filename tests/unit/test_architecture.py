@@ -31,17 +31,32 @@ PREPARATION = {
     "recipes",
     "work_folder",
     "preparation",
+    "raw_source",
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
-    "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "model": ({"compiler", "document_mask", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
-        {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
+        {
+            "manifest",
+            "npz",
+            "room",
+            "cache",
+            "shard_feed",
+            "shards",
+            "read_ahead",
+            "batches",
+            "mixture",
+            "data_stats",
+            "lookup",
+            "tokenizers",
+        }
+        | PREPARATION,
         {"base", "storage"},
     ),
-    "ranks": ({"ranks"}, {"base"}),
+    "ranks": ({"communication", "ranks"}, {"base"}),
     "engine": ({"engine", "optim"}, {"base", "ranks"}),
     "checkpoint": (
         {
@@ -55,9 +70,11 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "resumption",
             "keeper",
             "leftovers",
+            "node_disks",
             "local_writer",
             "run_lock",
             "shipping",
+            "snapshot",
             "upload_queue",
             "uploads",
         },
@@ -100,7 +117,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"base", "storage"},
     ),
-    "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
+    "plan": ({"activations", "host_memory", "memory", "plan", "scaling"}, {"base", "engine"}),
     "run": (
         {
             "alike",
@@ -109,22 +126,31 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "corpus",
             "data_views",
             "divergence",
+            "hostfile",
             "launch",
+            "micro_batch",
+            "outset",
             "places",
             "plan_views",
             "processes",
             "progress",
             "proof",
+            "rendezvous",
             "reports",
             "rollback",
             "run",
             "stopping",
             "supervise",
+            "topology",
             "trial",
             "versions",
             "watchdog",
         },
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "inference", "metrics", "plan"},
+    ),
+    "doctor": (
+        {"bandwidth", "data_checks", "doctor", "gpu_checks", "machine_checks", "storage_checks", "torch_checks"},
+        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "metrics", "plan", "run"},
     ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
@@ -136,25 +162,30 @@ ONLY: dict[str, set[str]] = {
     "gpus": set(),
     "log": set(),
     "files": set(),
-    "batches": {"shards"},
+    "batches": {"read_ahead", "shard_feed", "shards"},
+    "read_ahead": set(),
+    "room": {"files"},
     "optim": set(),
     "uploads": {"archive", "checkpoint_manifest", "files", "storage"},
     "archive": {"checkpoint_manifest", "files"},
     "backlog": {"uploads"},
-    "launch": {"processes", "stopping"},
+    "launch": {"communication", "processes", "rendezvous", "stopping"},
+    "communication": set(),
     "ledger": set(),
     "phases": set(),
     "sensors": set(),
     "profiling": set(),
     "processes": set(),
+    "rendezvous": {"processes"},
     "stopping": set(),
     "supervise": {"arguments", "checkpoint_manifest", "ledger", "processes", "stopping"},
     "watchdog": set(),
     "activations": {"model_config"},
     "memory": {"activations", "model_config"},
     "plan": {"memory", "engine", "model_config"},
+    "scaling": {"memory"},
 }
-BUILDERS = {"GPT", "KERNELS", "plain_attention"}  # what of model.py the library may import: what builds one
+BUILDERS = {"GPT", "KERNELS", "draw", "plain_attention"}  # what of model.py the library may import: what builds one
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
 LOOP = ("train.py", "loop")
 

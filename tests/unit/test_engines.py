@@ -185,6 +185,35 @@ def test_what_was_saved_and_loaded_goes_on_to_the_last_bit(kind, precision):
     assert engine.state() == other.state() == EngineState(10)
 
 
+@pytest.mark.parametrize("make_engine", [native, fsdp, *(functools.partial(zero_engine, stage=n) for n in range(4))])
+def test_before_update_is_called_after_the_backward_pass_and_before_anything_saved_changes(make_engine):
+    engine = make_engine()
+    train(engine, range(2))
+    before, calls = copied_states(engine), []
+
+    def look():
+        calls.append(differing(before, copied_states(engine)))
+
+    engine.before_update = look
+    train(engine, range(2, 3), micro_size=SEQUENCES)
+    assert calls == [[]]
+    assert set(differing(before, copied_states(engine))) == set(before)
+    engine.load(reader_of(copied_states(engine)), engine.state())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("make_engine", [native, fsdp, *(functools.partial(zero_engine, stage=n) for n in range(4))])
+def test_states_that_stay_are_the_engines_own_and_the_same_at_every_call(make_engine):
+    engine = make_engine()
+    memory = [
+        [tensor.data_ptr() for _, state in engine.parameter_states() for tensor in state.values()] for _ in range(2)
+    ]
+    train(engine, range(1))
+    memory.append([tensor.data_ptr() for _, state in engine.parameter_states() for tensor in state.values()])
+    assert not engine.states_stay or memory[0] == memory[1] == memory[2]
+    assert engine.states_stay == (make_engine is native or (engine.name == "deepspeed" and engine._stage < 3))
+
+
 @pytest.mark.parametrize(("first", "second"), [("native", "deepspeed"), ("deepspeed", "native")])
 def test_one_engine_goes_on_where_the_other_stopped(first, second):
     engine, other = make(first), make(second, seed=7)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
-from pretrain.ranks import join, local_ranks
+from pretrain.ranks import check_own_gpu, join, local_ranks
 from tests.helpers_training import LAUNCHER_VARIABLES, run_two_ranks, single_rank
 
 
@@ -32,6 +33,7 @@ def test_two_ranks_exchange_what_they_know():
             "background": [answer["rank"] for answer in me.exchange({"rank": me.rank}, group)],
             "first": me.from_first({"rank": me.rank}),
             "any": [me.any(False), me.any(me.rank == 1), me.any(True)],
+            "any_of": me.any_of(False, me.rank == 0, me.rank == 1, True),
             "mean": me.mean(1.0 + me.rank),
             "is_first": me.is_first,
         }))
@@ -45,6 +47,7 @@ def test_two_ranks_exchange_what_they_know():
         "background": [0, 1],
         "first": {"rank": 0},
         "any": [False, True, True],
+        "any_of": [False, True, True, True],
         "mean": 1.5,
     }
     assert results == [expected, expected]
@@ -136,3 +139,37 @@ def test_a_rank_that_is_no_number_is_named(no_launcher, name):
     no_launcher.setenv(name, "x")
     with pytest.raises(ConfigError, match=f"{name} is 'x', expected a number"):
         local_ranks()
+
+
+def test_two_ranks_on_one_gpu_are_named_on_both():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        ends = [pool.submit(check_own_gpu, store, rank, 3, gpu) for rank, gpu in enumerate(("a", "b", "a"))]
+        errors = [end.exception(30) for end in ends]
+    for error in errors:
+        assert isinstance(error, ConfigError) and error.shared
+        assert "ranks 0 and 2 are on one GPU (a of " in str(error)
+
+
+def test_each_rank_on_a_gpu_of_its_own_may_go_on():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        ends = [pool.submit(check_own_gpu, store, rank, 2, gpu) for rank, gpu in enumerate("ab")]
+        assert [end.result(30) for end in ends] == [None, None]
+
+
+def test_an_error_of_one_rank_is_raised_on_both():
+    results = run_two_ranks(
+        """
+        from pretrain import errors
+        with me.together():
+            pass
+        try:
+            with me.together():
+                if me.rank == 1:
+                    raise errors.StorageError("disk 1 is full", "Free it.")
+        except errors.TrainerError as error:
+            print(json.dumps([type(error).__name__, error.what, error.mend, error.shared]))
+        """
+    )
+    assert results == [["StorageError", "disk 1 is full", "Free it.", True]] * 2
