@@ -4,7 +4,17 @@ import dataclasses
 
 import pytest
 
-from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig, TrainConfig
+from pretrain.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LogConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    profile_steps,
+)
 from pretrain.config_checks import validate
 from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig
 
@@ -195,3 +205,41 @@ def test_a_value_outside_its_range_is_refused_by_name(section, field, value):
     config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
     problems = validate(config, world_size=1)
     assert len(problems) == 1 and f"{field}" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("train", "problem"),
+    [
+        ({"budget_hours": -1.0}, "train.budget_hours is -1"),
+        ({"budget_usd": -1.0}, "train.budget_usd is -1"),
+        ({"price_per_gpu_hour": -2.0}, "train.price_per_gpu_hour is -2"),
+        ({"budget_usd": 10.0}, "train.price_per_gpu_hour is not: give --price_per_gpu_hour"),
+    ],
+)
+def test_a_budget_must_be_positive_and_have_a_price(train, problem):
+    (found,) = validate(make(train=TrainConfig(**train)), world_size=1)
+    assert problem in found
+    sound = TrainConfig(budget_hours=1.0, budget_usd=10.0, price_per_gpu_hour=2.5)
+    assert validate(make(train=sound), world_size=1) == []
+
+
+@pytest.mark.parametrize("text", ["5", "5:", ":5", "a:b", "0:3", "7:6", "-1:4", "1.5:2", "1:2:3", "1:500"])
+def test_a_profile_is_start_to_stop(text):
+    with pytest.raises(ValueError, match=r"log\.profile"):
+        profile_steps(text)
+    (found,) = validate(make(log=LogConfig(profile=text)), world_size=1)
+    assert "log.profile" in found
+
+
+def test_the_steps_of_a_profile_are_both_included_and_need_telemetry():
+    assert list(profile_steps("10:12")) == [10, 11, 12] and list(profile_steps("3:3")) == [3]
+    assert not profile_steps("")
+    assert validate(make(log=LogConfig(profile="1:2", telemetry=False)), world_size=1) == [
+        "log.profile needs log.telemetry"
+    ]
+
+
+def test_causal_mfu_counts_half_of_the_attention():
+    model = ModelConfig(size="1.2B").resolve()
+    attention = 12.0 * model.n_layer * model.n_head * model.head_dim * model.seq_len
+    assert model.flops_per_token - model.causal_flops_per_token == attention / 2

@@ -184,3 +184,28 @@ def test_the_final_table_is_a_table_on_a_terminal_and_commands_stay_in_one_piece
     drawn = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", terminal.getvalue())
     assert "│ tokens " in drawn
     assert COMMANDS[0][1] in drawn
+
+
+CAUSES = {"training": 1.5, "data_wait": 0.25, "checkpoint": 0.25, "eval": 0.0, "startup": 0.5, "lost": 0.0}
+LEDGER = {"hours": 2.5, "hours_by_cause": {**CAUSES, "stopped": 0.0}, "restarts": 0, "lost_steps": 0, "lost_tokens": 0}
+
+
+def table_of(ledger: dict) -> list[str]:
+    out = io.StringIO()
+    print_summary({"steps": 3, "ledger": {"energy_kwh": None, "cost_usd": None, **ledger}}, Console(file=out))
+    return [re.sub(" +", " ", line) for line in out.getvalue().splitlines() if line]
+
+
+def test_the_final_table_says_where_the_time_went():
+    assert table_of(LEDGER) == [
+        "steps 3",
+        "time 2:30:00: training 60.0 %, startup 20.0 %, data wait 10.0 %, checkpoint 10.0 %",
+    ]
+    assert table_of({}) == ["steps 3"]
+
+
+def test_the_final_table_says_what_restarts_and_the_hours_cost():
+    lost = {"restarts": 1, "lost_steps": 12, "lost_tokens": 98304, "energy_kwh": 5.25, "cost_usd": 1234.5}
+    lines = table_of({**LEDGER, **lost, "hours_by_cause": {**CAUSES, "stopped": 0.1}})
+    assert lines[1].endswith("checkpoint 10.0 %; stopped for 6:00 besides")
+    assert lines[2:] == ["work done twice 12 steps, 98,304 tokens; 1 restart", "energy 5.25 kWh", "cost 1,234.50 USD"]
