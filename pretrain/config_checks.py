@@ -11,6 +11,7 @@ from pretrain.model_config import model_problems
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
     problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems += _fp8_problems(config)
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
 
 
@@ -48,6 +49,24 @@ def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:
             f"× {world_size} ranks = {per_pass}: {mend}"
         ]
     return []
+
+
+def _fp8_problems(config: Config) -> list[str]:
+    """What fp8 can't do: the sides of each matrix that it multiplies are multiples of 16, the batch's tokens too."""
+    if config.train.precision != "fp8":
+        return []
+    problems = []
+    if config.engine.name == "deepspeed":
+        problems.append(
+            "train.precision is fp8, which engine.name deepspeed does not train in: choose --engine ddp or fsdp"
+        )
+    if config.model.n_layer < 3:
+        what = f"train.precision is fp8, but the first and the last of model.n_layer {config.model.n_layer} blocks stay"
+        problems.append(f"{what} in bf16, and none is left: choose --precision bf16")
+    if config.batch.micro_size * config.model.seq_len % 16:
+        what = f"batch.micro_size {config.batch.micro_size} × model.seq_len {config.model.seq_len} tokens"
+        problems.append(f"train.precision is fp8, which needs a multiple of 16 tokens, not {what}")
+    return problems
 
 
 def _range_problems(config: Config) -> list[str]:

@@ -28,7 +28,7 @@ from pretrain.activations import FP32_BYTES, Activations
 from pretrain.config import BatchConfig
 from pretrain.model_config import ModelConfig, parameter_shapes
 
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8's weights and activations are kept in bf16
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 NORM_BYTES = 8  # DeepSpeed squares each gradient in fp64
 
@@ -103,7 +103,7 @@ class Setup:
 
     Args:
         model: a resolved ModelConfig.
-        precision: fp32, bf16 or fp16.
+        precision: a value of `train.precision`.
         batch: its micro size counts, and whether gradients accumulate.
         world_size: ranks.
     """

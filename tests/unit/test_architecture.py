@@ -35,7 +35,7 @@ PREPARATION = {
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
-    "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "model": ({"compiler", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
         {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
@@ -116,6 +116,7 @@ ONLY: dict[str, set[str]] = {
     "config": {"model_config"},
     "model_config": set(),
     "failpoints": set(),
+    "fp8": set(),
     "errors": set(),
     "gpus": set(),
     "log": set(),
