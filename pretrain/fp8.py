@@ -1,8 +1,8 @@
 """Matrix products in fp8, by torchao: which layers take part, and their conversion.
 
 Each converted layer scales its input, its weight and the gradient of its output by one number each (tensorwise), found
-anew at every product, and multiplies them in fp8 (Micikevicius et al. 2022, arXiv 2209.05433). What is stored stays as it
-is: compute weights are bf16, master weights fp32, and a converted layer's parameters keep their names.
+anew at every product, and multiplies them in fp8 (Micikevicius et al. 2022, arXiv 2209.05433). What is stored stays as
+it is: compute weights are bf16, master weights fp32, and a converted layer's parameters keep their names.
 """
 
 from __future__ import annotations

@@ -98,8 +98,8 @@ def check_precision(device: torch.device, precision: str) -> None:
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """The rate that MFU is measured against: the data sheet's dense peak, or where there is none, a measured rate.
 
-    fp32 counts as TF32 where torch is set to multiply so, and fp8 as bf16, in which much of it is done. On a CPU call it at the same moment on every rank of the
-    node: each then measures its own share of the cores.
+    fp32 counts as TF32 where torch is set to multiply so, and fp8 as bf16, in which much of it is done. On a CPU call
+    it at the same moment on every rank of the node: each then measures its own share of the cores.
 
     Args:
         precision: a value of `train.precision`.
