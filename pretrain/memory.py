@@ -5,6 +5,7 @@ added up: `peak` is the largest. What a forward pass saves is `activations.py`. 
 out in eager mode; CUDA's own share is `FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute
 precision, P parameters, N ranks.
 
+An engine takes this memory once, and its weights come parameter by parameter: building one is no fuller than a step.
 Counted against torch's tracker (one rank) and DeepSpeed's real allocations (ZeRO-1 and 2, two ranks) by tests. Derived
 from how they work, and not measured: `ddp`'s messages, ZeRO-0, ZeRO-3, offloading and FSDP:
 
