@@ -224,9 +224,8 @@ def draw(weight: Tensor, name: str, config: ModelConfig, generator: torch.Genera
     if weight.ndim == 1:
         return weight.fill_(1.0)
     writes_to_residual = name.endswith((".attn.proj.weight", ".mlp.down.weight"))
-    weight.normal_(
-        std=INIT_STD / math.sqrt(2 * config.n_layer) if writes_to_residual else INIT_STD, generator=generator
-    )
+    std = INIT_STD / math.sqrt(2 * config.n_layer) if writes_to_residual else INIT_STD
+    weight.normal_(std=std, generator=generator)
     if name in ("tok_emb.weight", "head.weight"):
         # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
         weight[config.vocab_size :].zero_()

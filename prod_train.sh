@@ -15,7 +15,7 @@
 #   DATA=data/training        shards: the folder of setup_prod.sh, or gs://bucket/prefix
 #   VAL_DATA                  validation shards
 #   CHECKPOINTS               where checkpoints are committed; unset: they stay on this machine
-#   PRECISION                 fp16, bf16 or fp32 (what the config says)
+#   PRECISION                 fp16, bf16, fp8 or fp32 (what the config says)
 #   CONFIG=production         configs/NAME.yaml or a path
 #   RUN                       name of the run (the config's name)
 #   MAX_RESTARTS=3            restarts in a row without a new checkpoint before it gives up; 0: none

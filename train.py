@@ -160,6 +160,7 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     from pretrain.compiler import compile_model
     from pretrain.document_mask import DocumentMask
     from pretrain.engine.base import PRECISION_DTYPES
+    from pretrain.fp8 import convert
     from pretrain.kernels import Masking, choose_attention
 
     if config.train.deterministic:
@@ -178,7 +179,10 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )
-    if config.train.compile:
+    is_fp8 = config.train.precision == "fp8"
+    if is_fp8:
+        logger.info("%d linear layers multiply in fp8; the head, the first and the last block in bf16", convert(model))
+    if config.train.compile or is_fp8:
         compile_model(model, device, me)
     return model
 

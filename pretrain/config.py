@@ -139,8 +139,9 @@ class TrainConfig:
     """Tokens to train on; 0: from `epochs`."""
     epochs: float = 1.0
     """Passes over the shards where neither steps nor tokens are given."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Compute precision. Master weights and optimizer state are fp32 always; fp16 scales the loss dynamically."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Compute precision. Master weights and optimizer state are fp32 always; fp16 scales the loss dynamically; fp8 is
+    bf16 with the products inside the blocks in fp8 (torchao, compute capability 8.9 or more), and always compiled."""
     compile: bool = False
     """Compile the model with torch.compile."""
     deterministic: bool = False

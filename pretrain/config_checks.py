@@ -22,6 +22,7 @@ def validate(config: Config, world_size: int) -> list[str]:
     problems += _source_problems(config.data, config.train) + _data_problems(config.data)
     problems += _mask_problems(config.data, config.model, config.train)
     problems += _budget_problems(config.train) + _profile_problems(config.log)
+    problems += _fp8_problems(config)
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
 
 
@@ -154,6 +155,24 @@ def _data_problems(data: DataConfig) -> list[str]:
         (data.cache_gb < 0, f"data.cache_gb {data.cache_gb} must not be negative"),
     ]
     return [problem for broken, problem in rules if broken]
+
+
+def _fp8_problems(config: Config) -> list[str]:
+    """What fp8 can't do: the sides of each matrix that it multiplies are multiples of 16, the batch's tokens too."""
+    if config.train.precision != "fp8":
+        return []
+    problems = []
+    if config.engine.name == "deepspeed":
+        problems.append(
+            "train.precision is fp8, which engine.name deepspeed does not train in: choose --engine ddp or fsdp"
+        )
+    if config.model.n_layer < 3:
+        what = f"train.precision is fp8, but the first and the last of model.n_layer {config.model.n_layer} blocks stay"
+        problems.append(f"{what} in bf16, and none is left: choose --precision bf16")
+    if config.batch.settled.micro_size * config.model.seq_len % 16:
+        what = f"batch.micro_size {config.batch.settled.micro_size} × model.seq_len {config.model.seq_len} tokens"
+        problems.append(f"train.precision is fp8, which needs a multiple of 16 tokens, not {what}")
+    return problems
 
 
 def _range_problems(config: Config) -> list[str]:

@@ -5,6 +5,7 @@ Sizes are in GB of 10^9 bytes, rates in floating-point operations per second.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import re
@@ -20,6 +21,8 @@ from pretrain.gpus import PEAK_FLOPS, match_gpu
 
 GB = 1e9
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FP8_MEND = "Run pip install -r requirements-fp8.txt, or give --precision bf16."
+PRECISIONS_SINCE = {"fp32": (0, 0), "fp16": (0, 0), "bf16": (8, 0), "fp8": (8, 9)}  # compute capability
 
 
 def resolve_device(local_rank: int) -> torch.device:
@@ -66,17 +69,19 @@ def device_name(device: torch.device) -> str:
 
 
 def supported_precisions(device: torch.device) -> tuple[str, ...]:
-    """The values of `train.precision` that train on this device: a CPU has no fp16, a GPU before Ampere no bf16."""
+    """The values of `train.precision` that train on this device: a CPU has no fp16, a GPU before Ampere no bf16, one
+    before Ada and Hopper no fp8."""
     if device.type != "cuda":
         return ("fp32", "bf16")
-    return ("fp32", "fp16", "bf16") if torch.cuda.get_device_capability(device) >= (8, 0) else ("fp32", "fp16")
+    capability = torch.cuda.get_device_capability(device)
+    return tuple(precision for precision, since in PRECISIONS_SINCE.items() if capability >= since)
 
 
 def check_precision(device: torch.device, precision: str) -> None:
     """Refuse a precision that the device can't train in.
 
     Raises:
-        ConfigError: naming the precisions that it can.
+        ConfigError: naming the precisions that it can; or torchao, which fp8 needs, is missing.
     """
     able = supported_precisions(device)
     if precision not in able:
@@ -85,20 +90,23 @@ def check_precision(device: torch.device, precision: str) -> None:
             f"train.precision is {precision}, which {where} can't train in; it can {', '.join(able)}",
             f"Give --precision {able[-1]}" + (", or start on a machine with a GPU" if device.type == "cpu" else ""),
         )
+    if precision == "fp8" and importlib.util.find_spec("torchao") is None:
+        raise ConfigError("train.precision is fp8, and torchao is not installed", FP8_MEND)
 
 
 def peak_flops(device: torch.device, precision: str) -> tuple[float, str]:
     """The rate that MFU is measured against: the data sheet's dense peak, or where there is none, a measured rate.
 
-    fp32 counts as TF32 where torch is set to multiply so. On a CPU call it at the same moment on every rank of the
-    node: each then measures its own share of the cores.
+    fp32 counts as TF32 where torch is set to multiply so, and fp8 as bf16, in which much of it is done. On a CPU call
+    it at the same moment on every rank of the node: each then measures its own share of the cores.
 
     Args:
-        precision: fp32, bf16 or fp16.
+        precision: a value of `train.precision`.
 
     Returns:
         FLOP/s of one device, and its source: "H100 SXM data sheet", "measured".
     """
+    precision = "bf16" if precision == "fp8" else precision
     if device.type == "cuda":
         unit = "tf32" if precision == "fp32" and _multiplies_in_tf32() else precision
         label = match_gpu(device_name(device))

@@ -5,6 +5,7 @@ added up: `peak` is the largest. What a forward pass saves is `activations.py`. 
 out in eager mode; CUDA's own share is `FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute
 precision, P parameters, N ranks.
 
+An engine takes this memory once, and its weights come parameter by parameter: building one is no fuller than a step.
 Counted against torch's tracker (one rank) and DeepSpeed's real allocations (ZeRO-1 and 2, two ranks) by tests. Derived
 from how they work, and not measured: `ddp`'s messages, ZeRO-0, ZeRO-3, offloading and FSDP:
 
@@ -28,7 +29,7 @@ from pretrain.activations import FP32_BYTES, Activations
 from pretrain.config import BatchConfig
 from pretrain.model_config import ModelConfig, parameter_shapes
 
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8's weights and activations are kept in bf16
 MOMENTS_BYTES = 8  # AdamW's two, fp32
 NORM_BYTES = 8  # DeepSpeed squares each gradient in fp64
 
@@ -103,7 +104,7 @@ class Setup:
 
     Args:
         model: a resolved ModelConfig.
-        precision: fp32, bf16 or fp16.
+        precision: a value of `train.precision`.
         batch: its micro size counts, and whether gradients accumulate.
         world_size: ranks; document_mask: whether documents are kept apart.
     """

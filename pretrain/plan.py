@@ -146,8 +146,11 @@ def budget(setup: Setup, gpu: Gpu) -> Budget:
 
 
 def peak_tflops(gpu: Gpu, precision: str) -> float:
-    """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default."""
-    rate: float = getattr(PEAK_FLOPS[gpu.peak], precision)
+    """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default.
+
+    Of fp8 it is bf16's, in which the head, attention and the outer blocks are computed.
+    """
+    rate: float = getattr(PEAK_FLOPS[gpu.peak], "bf16" if precision == "fp8" else precision)
     return rate
 
 
@@ -162,6 +165,8 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
         raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
     efficiency = expected_mfu(gpu.peak, setup.model.n_parameters)
     mfu, source = efficiency.mfu, efficiency.source
+    if setup.precision == "fp8":
+        source = f"{source}, in bf16: what fp8 gains is not known here"
     kind = setup.model.activation_checkpointing
     if kind != "none":
         mfu, source = mfu / RECOMPUTED[kind], f"{source}; / {RECOMPUTED[kind]:.3g} for {kind} activation checkpointing"

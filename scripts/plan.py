@@ -264,7 +264,8 @@ def scaling_rows(setup: Setup, gpu: Gpu, config: Config, network: Network) -> li
 def choices(setup: Setup, config: Config) -> list[Setup]:
     """The setup on every engine, with every kind of activation checkpointing; DeepSpeed as ds_config.json has it."""
     changes: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "fsdp"}]
-    changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
+    if config.train.precision != "fp8":  # DeepSpeed does not train in it
+        changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
     if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
         changes = [change for change in changes if change.get("zero_stage") != 0]
     engines = [dataclasses.replace(config.engine, **change) for change in changes]

@@ -136,7 +136,7 @@ class Memory:
 
 
 def build_counted(bench: Bench, kind: str, *, whole: bool) -> dict[str, int]:
-    """Bytes while an engine is built up to its optimizer, and while it takes its first weights (0 where built whole)."""
+    """Bytes while an engine is built up to its optimizer, and while it takes its first weights (0: built whole)."""
     module = zero if KINDS[kind]["name"] == "deepspeed" else fsdp
     with contextlib.ExitStack() as until_the_optimizer:
         building = until_the_optimizer.enter_context(Memory())

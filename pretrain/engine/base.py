@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pretrain.failpoints import failpoint
 
-PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of the compute weights and of what fp8 does not multiply.
+PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Told each phase of a step as it begins: "forward", "backward", "optimizer", and "other" when the step is over. A phase

@@ -68,9 +68,25 @@ def test_a_gpu_before_ampere_refuses_bf16_and_names_what_it_can(gpus) -> None:
         hardware.check_precision(GPU, "bf16")
 
 
+def test_fp8_is_for_ada_hopper_and_later_and_needs_torchao(gpus, monkeypatch) -> None:
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
+    hardware.check_precision(GPU, "fp8")
+    gpus.update(name="NVIDIA L4", capability=(8, 9))
+    hardware.check_precision(GPU, "fp8")
+    gpus.update(name="NVIDIA A100-SXM4-80GB", capability=(8, 0))
+    with pytest.raises(ConfigError, match=r"fp8, which NVIDIA A100-SXM4-80GB can't train in.*Give --precision bf16"):
+        hardware.check_precision(GPU, "fp8")
+    with pytest.raises(ConfigError, match=r"fp8, which a CPU can't train in; it can fp32, bf16"):
+        hardware.check_precision(CPU, "fp8")
+    gpus.update(name="NVIDIA H100 80GB HBM3", capability=(9, 0))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"torchao is not installed.*pip install -r requirements-fp8\.txt"):
+        hardware.check_precision(GPU, "fp8")
+
+
 def test_a_known_gpu_has_its_data_sheets_rate(gpus, monkeypatch) -> None:
     assert hardware.peak_flops(GPU, "bf16") == (989.4e12, "H100 SXM data sheet")
-    assert hardware.peak_flops(GPU, "fp16") == (989.4e12, "H100 SXM data sheet")
+    assert hardware.peak_flops(GPU, "fp16") == hardware.peak_flops(GPU, "fp8") == (989.4e12, "H100 SXM data sheet")
     monkeypatch.setattr(hardware, "_multiplies_in_tf32", lambda: False)
     assert hardware.peak_flops(GPU, "fp32")[0] == pytest.approx(66.9e12)
     monkeypatch.setattr(hardware, "_multiplies_in_tf32", lambda: True)

@@ -198,3 +198,24 @@ def test_the_models_are_listed_with_exact_counts(capsys):
 def test_the_readme_shows_what_the_command_prints(capsys):
     readme = (Path(script.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     assert run(capsys, *BASE, "--compare")[1].strip() in readme
+
+
+@pytest.mark.parametrize("size", ["7B", "8B"])
+def test_7b_and_8b_fit_on_8_cards_of_80_gb_where_they_are_divided_as_the_page_says(capsys, size):
+    page = (Path(script.__file__).parents[1] / "docs/big_models.md").read_text(encoding="utf-8")
+    argv = ["--model", size, "--gpus", "8", "--gpu", "h100-80gb", "--tokens", "140B", "--precision", "bf16"]
+    lines = [line.rstrip() for line in run(capsys, *argv, "--compare")[1].splitlines()]
+    rows = [line for line in lines if line.startswith(("fsdp", "ZeRO-2", "ZeRO-3")) and "selective" not in line]
+    assert len(rows) == 6
+    assert "\n".join([lines[0], lines[2], *rows]) in page
+    fits = {row["engine"] for row in run_json(capsys, *argv, "--compare")["rows"] if row["largest_micro_batch_size"]}
+    assert fits == {"fsdp", *(f"deepspeed ZeRO-{stage}" for stage in (1, 2, 3))}
+
+
+def test_fp8_is_planned_as_bf16_without_what_can_not_train_in_it(capsys):
+    argv = [*BASE, "--engine", "fsdp"]
+    fp8 = run_json(capsys, *argv, "--precision", "fp8", "--compare")["rows"]
+    bf16 = run_json(capsys, *argv, "--precision", "bf16", "--compare")["rows"]
+    assert {row["engine"] for row in fp8} == {"ddp", "fsdp"}
+    assert [row["required_gb"] for row in fp8] == [row["required_gb"] for row in bf16[: len(fp8)]]
+    assert "what fp8 gains is not known" in fp8[0]["mfu_source"]
