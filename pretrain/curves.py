@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping
@@ -12,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import CheckpointError
-from pretrain.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from pretrain.metrics import METRICS_FILE, read_metrics
+from pretrain.run_logs import read_events, restart_steps
 
 SMOOTHING = 50  # a point of the smoothed curve is the mean of one in so many of all points
 SAME_LOSS = 1e-6
@@ -117,20 +117,6 @@ def with_log(curve: Curve, folder: Path) -> Curve:
         tuple(record.get("lr", math.nan) for record in records),
         tuple(record["step"] for record in validated),
         tuple(record["val_loss"] for record in validated),
-        _restarts(folder / EVENTS_FILE),
+        restart_steps(read_events(folder)),
         str(path),
     )
-
-
-def _restarts(path: Path) -> tuple[int, ...]:
-    """Steps at which the run was resumed, as events.jsonl has them; lines that a kill tore are passed over."""
-    steps = set()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict) and event.get("kind") == "resumed" and isinstance(event.get("step"), int):
-            steps.add(event["step"])
-    return tuple(sorted(steps))

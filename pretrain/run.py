@@ -20,6 +20,7 @@ from pretrain.generation import sample_text
 from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
+from pretrain.log_uploads import open_log_uploads
 from pretrain.metrics import Metrics
 from pretrain.plan import make_setup
 from pretrain.progress import Progress
@@ -86,6 +87,8 @@ class Run:
             self.about["predicted"] = self.prediction.to_json()
         if self.monitor.problem:
             logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
+        if self.ranks.is_first and (url := self.config.checkpoint.url):
+            self.metrics.add(open_log_uploads(self.metrics.folder, url, self.config.storage, self.config.run.name))
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)

@@ -80,7 +80,8 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint"},
     ),
     "metrics": (
-        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"},
+        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"}
+        | {"log_sources", "log_uploads", "monitor", "monitor_views", "power_log", "run_logs"},
         {"base", "storage"},
     ),
     "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
