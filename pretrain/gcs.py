@@ -155,8 +155,18 @@ class GcsStore:
         Args:
             generation: which it takes the place of; 0: none is there.
         """
+        replaced = generation
+
+        def once() -> ObjectInfo:
+            nonlocal replaced
+            try:
+                return self._send(wanted, source, replaced)
+            except _ArrivedDamagedError:
+                replaced = 0  # what came is deleted again
+                raise
+
         try:
-            return self._call(action, wanted.name, lambda: self._send(wanted, source, generation)), True
+            return self._call(action, wanted.name, once), True
         except _TakenError:
             return self._stat("stat", wanted.name), False
 
@@ -180,7 +190,7 @@ class GcsStore:
         info = self._info(blob)
         if (info.size, info.crc32c) != (wanted.size, wanted.crc32c):
             blob.delete(if_generation_match=info.generation, **self._request)
-            raise CorruptTransferError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
+            raise _ArrivedDamagedError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
         return info
 
     def _fetch(self, info: ObjectInfo, file: IO[bytes], on_bytes: Callable[[int], None] | None) -> None:
@@ -271,6 +281,10 @@ class GcsStore:
             f"Grant it: gcloud storage buckets add-iam-policy-binding gs://{self._bucket.name} "
             f"--member={self._access.member} --role={role}",
         )
+
+
+class _ArrivedDamagedError(CorruptTransferError):
+    """A server that compares no checksums took what was damaged on the way."""
 
 
 class _TakenError(Exception):

@@ -1,6 +1,6 @@
 """Where the logs of runs are read from: folders of this machine, or the copies beside the checkpoints in a bucket.
 
-with open_sources(["test", "gs://bucket/Checkpoints/big"], Path("logs"), StorageConfig()) as sources:
+with open_sources(["test", "gs://bucket/Checkpoints/big"], Path("logs")) as sources:
     for source in sources:
         print(source.refresh().records[-1])
 """
@@ -19,6 +19,8 @@ from pretrain.log_uploads import LOG_FILES, LOGS_FOLDER, MAX_BYTES
 from pretrain.metrics import EVENTS_FILE, METRICS_FILE
 from pretrain.run_logs import RunLogs
 from pretrain.storage import ObjectStore, open_store
+
+PATIENCE = StorageConfig(deadline_s=30.0, timeout_s=15.0)  # somebody sits before it and waits
 
 
 class LogSource:
@@ -70,7 +72,7 @@ class BucketSource(LogSource):
 
 
 @contextlib.contextmanager
-def open_sources(words: Sequence[str], logs: Path, storage: StorageConfig) -> Iterator[list[LogSource]]:
+def open_sources(words: Sequence[str], logs: Path, storage: StorageConfig = PATIENCE) -> Iterator[list[LogSource]]:
     """The runs that a user has named.
 
     Args:

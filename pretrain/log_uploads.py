@@ -18,7 +18,7 @@ from pretrain import log
 from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, StorageError
 from pretrain.sinks import Sink
-from pretrain.storage import ObjectExists, ObjectStore, open_store
+from pretrain.storage import ObjectExists, ObjectStore, crc32c_of_bytes, open_store
 
 LOGS_FOLDER = "logs"
 LOG_FILES = (
@@ -56,6 +56,7 @@ class LogUploads(Sink):
         self._prefix = f"{run_name}/{LOGS_FOLDER}"
         self._sent: dict[str, tuple[int, int]] = {}  # file: (bytes, time of change) of what is in the bucket
         self._generations: dict[str, int] | None = None  # None: the bucket was not looked at yet
+        self._tried: dict[str, str] = {}  # file: crc32c of what was sent last, whether or not it came
         self._told: set[str] = set()
         self.is_off = False
         self._wanted, self._closing = threading.Event(), threading.Event()
@@ -111,13 +112,24 @@ class LogUploads(Sink):
             if status.st_size > MAX_BYTES:
                 self._warn(f"{path} has {status.st_size >> 20} MiB and is no longer copied to the bucket")
                 continue
-            generation = self._generations.get(file, 0)
-            self._generations[file] = self._store.replace(
-                f"{self._prefix}/{file}", path.read_bytes(), generation
-            ).generation
+            self._generations[file] = self._replace(file, path.read_bytes(), self._generations.get(file, 0))
             self._sent[file] = state
             sent.append(file)
         return sent
+
+    def _replace(self, file: str, data: bytes, generation: int) -> int:
+        """The generation of `data` in the bucket. Raises ObjectExists where another process has written there."""
+        name = f"{self._prefix}/{file}"
+        try:
+            return self._store.replace(name, data, generation).generation
+        except ObjectExists:
+            found = self._store.stat(name)
+            if not found or found.crc32c != self._tried.get(file):
+                raise
+            # what is there is our last try, whose reply was lost
+            return self._store.replace(name, data, found.generation).generation
+        finally:
+            self._tried[file] = crc32c_of_bytes(data)
 
     def _warn(self, text: str) -> None:
         """Say it once: the next checkpoint tries again, and would say the same."""

@@ -169,7 +169,7 @@ def _state(logs: RunLogs, now: float, copied_s: float | None) -> tuple[str, str,
 
 
 def _end(ended: Mapping[str, Any]) -> tuple[str, str]:
-    code, reason = ended.get("exit_code"), str(ended.get("reason", ""))
+    code, reason = ended.get("exit_code"), str(ended.get("reason", "it does not say how"))
     if code == EXIT_DONE:
         return DONE, "complete"
     if code == EXIT_STOPPED:

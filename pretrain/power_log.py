@@ -18,7 +18,7 @@ from pretrain.run_logs import POWER_FILE, printable
 
 OLDER_FILE = "power.1.csv"
 TAIL_BYTES = 16 << 10
-BLOCKS, BLOCK_BYTES = 1500, 4 << 10  # of a long file: evenly spaced stretches, 6 MB in all
+BLOCKS, BLOCK_BYTES = 600, 4 << 10  # of a long file: evenly spaced stretches, 2.4 MB in all
 WHOLE_BYTES = BLOCKS * BLOCK_BYTES
 TEXTS = ("phase", "gpu", "throttle")
 

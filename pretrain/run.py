@@ -25,6 +25,7 @@ from pretrain.metrics import Metrics
 from pretrain.plan import make_setup
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
+from pretrain.report_page import REPORT_FILE, ReportSink
 
 logger = log.get(__name__)
 
@@ -87,7 +88,9 @@ class Run:
             self.about["predicted"] = self.prediction.to_json()
         if self.monitor.problem:
             logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
-        if self.ranks.is_first and (url := self.config.checkpoint.url):
+        if self.ranks.is_first and self.config.log.report:
+            self.metrics.add(ReportSink(self.metrics.folder))
+        if self.ranks.is_first and self.config.log.upload and (url := self.config.checkpoint.url):
             self.metrics.add(open_log_uploads(self.metrics.folder, url, self.config.storage, self.config.run.name))
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
@@ -205,8 +208,10 @@ class Run:
 
     def next_commands(self) -> list[tuple[str, str]]:
         """(what, command) that a user may want now."""
+        page = [("see the whole run, in a browser", str(self.metrics.folder / REPORT_FILE))]
         again = f"the same command with --run {self.config.run.name} --resume auto"
         return [
+            *(page if self.config.log.report else []),
             ("see the curves", f"tensorboard --logdir {self.config.log.dir}"),
             ("go on", again) if self.stopped else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),

@@ -178,13 +178,14 @@ class RunLogs:
 
     @property
     def ended(self) -> Tree | None:
-        """The event of its end; None while it runs, and where it was killed."""
+        """The event of its end, of several the newest that says how; None while it runs, and where it was killed."""
+        found = None
         for event in reversed(self.events):
-            if event["kind"] == "ended":
-                return event
             if event["kind"] in STARTS:
-                return None
-        return None
+                break
+            if event["kind"] == "ended" and (found is None or "reason" not in found):
+                found = event if found is None or "reason" in event else found
+        return found
 
     @property
     def updated_s(self) -> float | None:

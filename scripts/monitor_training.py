@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from rich.live import Live
 from rich.text import Text
 
 from pretrain import log
-from pretrain.config import LogConfig, StorageConfig
+from pretrain.config import LogConfig
 from pretrain.errors import EXIT_DONE, ConfigError, StorageError, TrainerError
 from pretrain.log_sources import LogSource, open_sources
 from pretrain.monitor import Status, assess
@@ -40,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = parse(argv)
     console = Console(highlight=False, emoji=False, markup=False)
+    log.get().addHandler(logging.NullHandler())  # the warning of each retry would tear the display
     try:
         check(options)
-        with open_sources(options.runs, options.logs_dir, StorageConfig()) as sources:
+        with open_sources(options.runs, options.logs_dir) as sources:
             for source in sources:
                 source.refresh()  # what can't be read at first is an error; later it is a line of the display
             show = show_lines if options.logs_only else show_once if options.once else watch

@@ -86,9 +86,9 @@ def test_no_tool_mistakes_the_logs_for_a_checkpoint(place, gcs, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs.endpoint)
     store = open_store(url, StorageConfig())
     logs = {Path(info.name).name: info.size for info in store.list(f"{RUN}/logs/")}
-    for file in ("metrics.jsonl", "events.jsonl", "training.log", "config.yaml", "summary.json"):
+    for file in ("metrics.jsonl", "events.jsonl", "training.log", "config.yaml", "summary.json", "report.html"):
         assert logs[file] > 0
-    for file in ("metrics.jsonl", "events.jsonl", "summary.json"):
+    for file in ("metrics.jsonl", "events.jsonl", "summary.json", "report.html"):
         assert store.read_bytes(f"{RUN}/logs/{file}") == (folder / "logs" / RUN / file).read_bytes()
 
 
@@ -99,3 +99,18 @@ def test_a_run_that_is_not_there_is_an_error_that_names_what_is(place):
     assert "no logs of a run" in ask("monitor_training", folder, f"{url}/no", "--once", environment=environment, code=2)
     assert "Give --once too" in ask("monitor_training", folder, "--json", environment=environment, code=2)
     assert "--refresh is 0" in ask("monitor_training", folder, "--refresh", "0", environment=environment, code=2)
+
+
+def test_the_page_of_a_run_is_made_at_its_end_and_again_by_the_script_and_from_the_bucket(place):
+    folder, url, environment, _, _ = place
+    made = (folder / "logs" / RUN / "report.html").read_text()
+    assert f"<title>Run {RUN}</title>" in made and 'badge good">done' in made and "resumed" in made
+    (folder / "logs" / RUN / "report.html").unlink()
+    assert "written: logs/tiny/report.html" in ask("report", folder, RUN, environment=environment)
+    told = json.loads(ask("report", folder, RUN, f"{url}/{RUN}", "-o", "two.html", "--json", environment=environment))
+    assert told["runs"] == [RUN, RUN] and told["bytes"] == (folder / "two.html").stat().st_size
+    assert "The settings are the same." in (folder / "two.html").read_text()
+    assert "there is no run x" in ask("report", folder, "x", environment=environment, code=2)
+    assert "Name the page" in ask("report", folder, url, environment=environment, code=2)
+    said = ask("report", folder, RUN, "-o", "shards/tokenized_cleaned_000.npz/x.html", environment=environment, code=4)
+    assert "storage error" in said

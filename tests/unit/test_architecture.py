@@ -81,7 +81,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "metrics": (
         {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"}
-        | {"log_sources", "log_uploads", "monitor", "monitor_views", "power_log", "run_logs"},
+        | {"log_sources", "log_uploads", "monitor", "monitor_views", "power_log", "run_logs", "settings"},
         {"base", "storage"},
     ),
     "plan": ({"activations", "memory", "plan"}, {"base", "engine"}),
@@ -99,6 +99,9 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "processes",
             "progress",
             "proof",
+            "report_page",
+            "report_series",
+            "report_tables",
             "reports",
             "rollback",
             "run",
@@ -249,6 +252,7 @@ def test_no_part_is_handed_the_whole_config(path):
 
 def test_settings_are_read_without_torch():
     modules = "pretrain.config, pretrain.arguments, pretrain.plan, pretrain.supervise"
+    modules += ", pretrain.monitor_views, pretrain.log_sources, pretrain.report_page"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -10,7 +10,7 @@ from pretrain.errors import ConfigError, StorageError
 from pretrain.log_sources import open_sources
 from pretrain.log_uploads import LogUploads, open_log_uploads
 from pretrain.metrics import Metrics
-from pretrain.storage import LocalStore
+from pretrain.storage import LocalStore, open_store
 from tests.helpers_training import FaultyStore
 
 PATIENCE_S = 10
@@ -83,6 +83,25 @@ def test_a_bucket_that_is_away_is_one_warning_and_is_tried_again(store, folder, 
     assert len(warnings) == 1 and "the bucket is away" in warnings[0]
     store.before = lambda method, name: None
     assert uploads.upload() == ["metrics.jsonl", "training.log"]
+
+
+def test_a_reply_that_was_lost_is_no_other_process(store, folder, warnings, bucket_url):
+    uploads = LogUploads(folder, open_store(bucket_url, StorageConfig()), "run")
+    uploads.upload()
+    inner = uploads._store
+
+    class LosesReplies(FaultyStore):
+        def replace(self, name, data, generation):
+            inner.replace(name, data, generation)
+            raise StorageError("no reply came")
+
+    uploads._store = LosesReplies(inner)
+    (folder / "metrics.jsonl").write_text("two\n")
+    assert uploads.upload() == [] and "no reply came" in warnings[0]
+    uploads._store = inner
+    (folder / "metrics.jsonl").write_text("three\n")
+    assert uploads.upload() == ["metrics.jsonl"] and not uploads.is_off
+    assert inner.read_bytes("run/logs/metrics.jsonl") == b"three\n"
 
 
 def test_a_file_that_is_too_big_stays_here(store, folder, warnings, monkeypatch):

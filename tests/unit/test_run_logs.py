@@ -94,6 +94,17 @@ def test_an_error_is_told_as_the_end_with_its_code_and_without_secrets(tmp_path)
     assert ends[1]["reason"] == "RuntimeError: boom"
 
 
+def test_of_several_ends_the_one_that_says_how_counts(tmp_path):
+    events = [{"kind": "started"}, {"kind": "ended", "reason": "done", "exit_code": 0}, {"kind": "ended"}]
+    (tmp_path / "events.jsonl").write_text(lines_of(*events))
+    run = RunLogs("r", tmp_path)
+    run.refresh()
+    assert run.ended["exit_code"] == 0
+    append(tmp_path / "events.jsonl", lines_of({"kind": "ended", "reason": "storage error", "exit_code": 4}))
+    run.refresh()
+    assert run.ended["exit_code"] == 4
+
+
 def test_a_run_that_was_begun_anew_has_no_past(tmp_path):
     events = [
         {"kind": "started", "step": 0},
