@@ -343,6 +343,7 @@ def close(run: Run) -> int:
     if run.ranks.is_first:
         summary = run.summary()
         run.metrics.summary(summary)
+        run.metrics.ended(run.stopped)
         run.metrics.close()
         print_summary(summary, log.console(), run.next_commands())
     leave(run.ranks)

@@ -247,6 +247,10 @@ class LogConfig:
     """Folder of metrics.jsonl, training.log, summary.json and the TensorBoard files, one subfolder a run."""
     interval: int = 1
     """Steps between two records."""
+    report: bool = True
+    """Draw report.html, one page of the whole run, when it ends."""
+    upload: bool = True
+    """Copy the logs beside the checkpoints of `checkpoint.url`, after each commit and at the end."""
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb: bool = False

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from pretrain.errors import CheckpointError
-from pretrain.metrics import EVENTS_FILE, METRICS_FILE, read_metrics
+from pretrain.metrics import METRICS_FILE, read_metrics
+from pretrain.run_logs import number, read_events, restart_steps
 
 SMOOTHING = 50  # a point of the smoothed curve is the mean of one in so many of all points
 SAME_LOSS = 1e-6
@@ -106,31 +106,33 @@ def with_log(curve: Curve, folder: Path) -> Curve:
     path = folder / METRICS_FILE
     if not path.exists() or not curve.steps:
         return curve
-    records = [record for record in read_metrics(path) if math.isfinite(record.get("loss", math.nan))]
-    last = {record["step"]: record["loss"] for record in records}.get(curve.steps[-1])
+    records = read_metrics(path)
+    last = {record["step"]: record["loss"] for record in records if _is_finite(record, "loss")}.get(curve.steps[-1])
     if last is None or abs(last - curve.losses[-1]) > SAME_LOSS:
         return replace(curve, source=f"{curve.source} ({path} is of another course)")
-    validated = [record for record in records if math.isfinite(record.get("val_loss", math.nan))]
+    return curve_of(records, read_events(folder), str(path))
+
+
+def curve_of(records: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], source: str) -> Curve:
+    """The curve of a log; records whose loss is not finite are left out.
+
+    Args:
+        records: of metrics.jsonl, each step once.
+        events: of events.jsonl.
+    """
+    trained = [record for record in records if _is_finite(record, "loss")]
+    validated = [record for record in trained if _is_finite(record, "val_loss")]
     return Curve(
-        tuple(record["step"] for record in records),
-        tuple(record["loss"] for record in records),
-        tuple(record.get("lr", math.nan) for record in records),
+        tuple(record["step"] for record in trained),
+        tuple(record["loss"] for record in trained),
+        tuple(record.get("lr", math.nan) for record in trained),
         tuple(record["step"] for record in validated),
         tuple(record["val_loss"] for record in validated),
-        _restarts(folder / EVENTS_FILE),
-        str(path),
+        restart_steps(events),
+        source,
     )
 
 
-def _restarts(path: Path) -> tuple[int, ...]:
-    """Steps at which the run was resumed, as events.jsonl has them; lines that a kill tore are passed over."""
-    steps = set()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(event, dict) and event.get("kind") == "resumed" and isinstance(event.get("step"), int):
-            steps.add(event["step"])
-    return tuple(sorted(steps))
+def _is_finite(record: Mapping[str, Any], field: str) -> bool:
+    value = number(record, field)
+    return value is not None and math.isfinite(value)

@@ -123,6 +123,10 @@ class FsspecStore:
         """Refused, see the module. Raises ConfigError."""
         raise self._read_only()
 
+    def replace(self, name: str, data: bytes, generation: int) -> NoReturn:
+        """Refused, see the module. Raises ConfigError."""
+        raise self._read_only()
+
     def delete(self, name: str, generation: int = 0) -> NoReturn:
         """Refused, see the module. Raises ConfigError."""
         raise self._read_only()

@@ -35,9 +35,10 @@ _PERMISSIONS = {
     "download": ("storage.objects.get", "roles/storage.objectViewer"),
     "upload": ("storage.objects.create", "roles/storage.objectUser"),
     "create": ("storage.objects.create", "roles/storage.objectUser"),
+    "replace": ("storage.objects.delete", "roles/storage.objectUser"),
     "delete": ("storage.objects.delete", "roles/storage.objectUser"),
 }
-_WRITES = ("upload", "create", "delete")
+_WRITES = ("upload", "create", "replace", "delete")
 
 _REMOTE_ERRORS = (
     GoogleAPICallError,
@@ -118,8 +119,15 @@ class GcsStore:
 
     def create(self, name: str, data: bytes) -> ObjectInfo:
         """See ObjectStore."""
+        return self._put("create", name, data, 0)
+
+    def replace(self, name: str, data: bytes, generation: int) -> ObjectInfo:
+        """See ObjectStore."""
+        return self._put("replace", name, data, generation)
+
+    def _put(self, action: str, name: str, data: bytes, generation: int) -> ObjectInfo:
         wanted = ObjectInfo(name, len(data), crc32c_of_bytes(data))
-        info, is_ours = self._create("create", wanted, lambda: io.BytesIO(data))
+        info, is_ours = self._create(action, wanted, lambda: io.BytesIO(data), generation)
         if not is_ours and (info.size != len(data) or self.read_bytes(name, len(data)) != data):
             raise exists(self._where(name))
         return info
@@ -139,22 +147,40 @@ class GcsStore:
         except ObjectMissing:
             return False
 
-    def _create(self, action: str, wanted: ObjectInfo, source: Callable[[], IO[bytes]]) -> tuple[ObjectInfo, bool]:
-        """(the object, True), or (what is there under its name, False): another's, or ours after a lost reply."""
+    def _create(
+        self, action: str, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int = 0
+    ) -> tuple[ObjectInfo, bool]:
+        """(the object, True), or (what is there under its name, False): another's, or ours after a lost reply.
+
+        Args:
+            generation: which it takes the place of; 0: none is there.
+        """
+        replaced = generation
+
+        def once() -> ObjectInfo:
+            nonlocal replaced
+            try:
+                return self._send(wanted, source, replaced)
+            except _ArrivedDamagedError:
+                replaced = 0  # what came is deleted again
+                raise
+
         try:
-            return self._call(action, wanted.name, lambda: self._send(wanted, source)), True
+            return self._call(action, wanted.name, once), True
         except _TakenError:
             return self._stat("stat", wanted.name), False
 
-    def _send(self, wanted: ObjectInfo, source: Callable[[], IO[bytes]]) -> ObjectInfo:
-        """One try to create the object; the server is told the checksum, and refuses what doesn't match it."""
+    def _send(self, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int) -> ObjectInfo:
+        """One try to write the object; the server is told the checksum, and refuses what doesn't match it."""
         blob = self._blob(wanted.name)
         blob.chunk_size = CHUNK_BYTES
         blob.crc32c = wanted.crc32c
         try:
             with source() as file:
                 # checksum=None: the client's own check would delete the object whatever its generation is by then.
-                blob.upload_from_file(file, size=wanted.size, if_generation_match=0, checksum=None, **self._request)
+                blob.upload_from_file(
+                    file, size=wanted.size, if_generation_match=generation, checksum=None, **self._request
+                )
         except PreconditionFailed as error:
             raise _TakenError from error
         except BadRequest as error:
@@ -164,7 +190,7 @@ class GcsStore:
         info = self._info(blob)
         if (info.size, info.crc32c) != (wanted.size, wanted.crc32c):
             blob.delete(if_generation_match=info.generation, **self._request)
-            raise CorruptTransferError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
+            raise _ArrivedDamagedError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
         return info
 
     def _fetch(self, info: ObjectInfo, file: IO[bytes], on_bytes: Callable[[int], None] | None) -> None:
@@ -237,7 +263,7 @@ class GcsStore:
 
     def _missing(self, action: str, name: str, error: Exception) -> StorageError:
         bucket = self._bucket.name
-        if action in ("list", "upload", "create") or "bucket does not exist" in str(error):
+        if action in ("list", "upload", "create", "replace") or "bucket does not exist" in str(error):
             return StorageError(
                 f"there is no bucket {bucket} at {self._access.endpoint}",
                 "See which there are: gcloud storage ls, or make it: "
@@ -257,5 +283,9 @@ class GcsStore:
         )
 
 
+class _ArrivedDamagedError(CorruptTransferError):
+    """A server that compares no checksums took what was damaged on the way."""
+
+
 class _TakenError(Exception):
-    """412 on a creation: there is an object under that name."""
+    """412 on a write: there is another object under that name."""

@@ -5,9 +5,10 @@
         metrics.event("checkpoint_committed", step=1, name="checkpoint-epoch0-step1-files0")
         metrics.summary({"steps": 1})
 
-A folder `logs/{run}` holds metrics.jsonl (a line a logged step), events.jsonl (what happened between steps) and
-summary.json (the end). NaN and the infinities, which JSON lacks, are written as the strings "NaN", "Infinity" and
-"-Infinity", so that a diverged run still reads as one; `read_metrics` turns them back into floats.
+A folder `logs/{run}` holds metrics.jsonl (a line a logged step), events.jsonl (what happened between steps; `started`
+or `resumed` first, `ended` last), config.yaml (of the newest start) and summary.json (the end). NaN and the infinities,
+which JSON lacks, are written as the strings "NaN", "Infinity" and "-Infinity", so that a diverged run still reads as
+one; `read_metrics` turns them back into floats.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import yaml
+
 from pretrain import log
 from pretrain.config import LogConfig
 from pretrain.console import ConsoleSink
-from pretrain.errors import StorageError
+from pretrain.errors import EXIT_DONE, EXIT_STOPPED, StorageError, TrainerError
 from pretrain.files import new_file
 from pretrain.ledger import RESTARTS_FILE, Ledger
 from pretrain.sinks import Sink, TensorBoardSink, WandbSink
@@ -34,6 +37,8 @@ from pretrain.sinks import Sink, TensorBoardSink, WandbSink
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+FORMAT = 1  # of these files, told by the event of each start: what a reader would misunderstand takes the next number
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _log = log.get(__name__)
@@ -46,6 +51,7 @@ class Metrics:
         folder: the run's log folder, made where it is missing.
         sinks: what else shows each record, in this order, after the line is in the file.
         first_step: steps already done when this process began; the next record's step is beyond it.
+        total_steps: step at which the run ends; None where unknown.
         clock: seconds since 1970, written as `time`.
         ledger: keeps the run's books; knows what earlier processes wrote.
         start: what else the first event tells of this process.
@@ -59,6 +65,7 @@ class Metrics:
         folder: Path,
         sinks: Sequence[Sink],
         first_step: int = 0,
+        total_steps: int | None = None,
         clock: Callable[[], float] = time.time,
         *,
         ledger: Ledger | None = None,
@@ -66,6 +73,7 @@ class Metrics:
     ) -> None:
         self.folder = folder
         self.ledger = ledger or Ledger()
+        self._step, self._has_ended = first_step, False
         self._sinks = list(sinks)
         self._clock = clock
         self._lock = threading.RLock()  # re-entrant: a signal handler may report an event while a record is written
@@ -74,7 +82,12 @@ class Metrics:
             for name in (METRICS_FILE, EVENTS_FILE):
                 _end_torn_line(folder / name)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self.event("resumed" if first_step else "started", step=first_step, **(start or {}))
+        about = {"total_steps": total_steps} if total_steps else {}
+        self.event("resumed" if first_step else "started", step=first_step, **about, **(start or {}), format=FORMAT)
+
+    def add(self, sink: Sink) -> None:
+        """Show all that comes from here on there, too."""
+        self._sinks.append(sink)
 
     def record(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append one step's record and show it. Fields that are None are left out; `time` is added where it is missing.
@@ -85,6 +98,7 @@ class Metrics:
             raise ValueError(f"a record needs an integer 'step', found {record.get('step')!r}")
         fields = {key: _scalar(value) for key, value in record.items() if value is not None}
         fields.setdefault("time", self._clock())
+        self._step = fields["step"]
         with self._lock, _disk(self.folder):
             self._file.write(_json(fields) + "\n")
             self._file.flush()
@@ -100,6 +114,7 @@ class Metrics:
             with (self.folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self.ledger.event(kind, time_s, fields)
+            self._has_ended = self._has_ended or kind == "ended"
             for sink in self._sinks:
                 sink.event(kind, fields)
 
@@ -113,6 +128,11 @@ class Metrics:
                 sink.summary(fields)
         return path
 
+    def ended(self, stopped: bool) -> None:
+        """Append that the run has ended well: it is complete, or was stopped by a signal after saving."""
+        code, reason = (EXIT_STOPPED, "stopped by a signal after saving") if stopped else (EXIT_DONE, "done")
+        self.event("ended", step=self._step, exit_code=code, reason=reason)
+
     def close(self) -> None:
         """End every sink and the file; a second call does nothing. Events that come later still reach events.jsonl."""
         with self._lock, _disk(self.folder):
@@ -122,12 +142,18 @@ class Metrics:
             for sink in sinks:
                 sink.close()
             self._file.close()
-            self.event("ended")
+            if not self._has_ended:
+                self.event("ended")
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None:
+            code = {"exit_code": error.exit_code} if isinstance(error, TrainerError) else {}
+            reason = error.line() if isinstance(error, TrainerError) else f"{type(error).__name__}: {error}"
+            with contextlib.suppress(StorageError):  # a full disk, perhaps: the error itself is what a user must read
+                self.event("ended", step=self._step, **code, reason=log.mask(reason))
         self.close()
 
 
@@ -137,6 +163,7 @@ class NoMetrics(Metrics):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ledger = Ledger()
+        self._sinks, self._step = [], 0
 
     def record(self, record: Mapping[str, float | int | str | None]) -> None:
         """Record nothing."""
@@ -168,7 +195,7 @@ def open_metrics(
     Args:
         config: the log section.
         run_name: the folder inside `config.dir`.
-        settings: the resolved config as plain data; shown by TensorBoard and W&B.
+        settings: the resolved config as plain data; written to config.yaml, shown by TensorBoard and W&B.
         total_steps: step at which the run ends.
         first_step: steps already done: 0, or the step of the checkpoint that was resumed.
         rank: global rank of this process.
@@ -193,8 +220,10 @@ def open_metrics(
         if config.wandb:
             shown = ledger.furthest_step
             sinks.append(WandbSink(folder, config.wandb_project, run_name, settings, first_step, shown))
+        with new_file(folder / CONFIG_FILE) as file:
+            file.write(log.mask(yaml.safe_dump(_plain(settings), sort_keys=False)).encode())
     sinks.append(ConsoleSink(total_steps))
-    return Metrics(folder, sinks, first_step, ledger=ledger, start=start)
+    return Metrics(folder, sinks, first_step, total_steps, ledger=ledger, start=start)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -211,16 +240,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     torn = 0
     with _disk(path), path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            record = _parse(line)
+            record = parse_record(line)
             if record is None:
                 torn += 1
                 continue
-            while records and records[-1]["step"] >= record["step"]:
-                records.pop()
-            records.append(record)
+            join(records, record)
     if torn:
         _log.warning("%s: %d torn line%s left out", path, torn, "" if torn == 1 else "s")
     return records
+
+
+def join(records: list[dict[str, Any]], record: dict[str, Any]) -> None:
+    """Add the next line's record; where the run forked before it, what it takes the place of goes."""
+    while records and records[-1]["step"] >= record["step"]:
+        records.pop()
+    records.append(record)
 
 
 def read_ledger(folder: Path) -> Ledger:
@@ -257,8 +291,8 @@ def _line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """A line's record, or None where the line is torn."""
+def parse_record(line: str) -> dict[str, Any] | None:
+    """The record of a line of metrics.jsonl, NaN and the infinities as floats; None where the line is torn."""
     record = _line(line)
     if record is None or not isinstance(record.get("step"), int):
         return None

@@ -25,12 +25,14 @@ from pretrain.hardware import describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.ledger import spent_budget
+from pretrain.log_uploads import open_log_uploads
 from pretrain.metrics import Metrics
 from pretrain.mixture import Mixture
 from pretrain.power import EnergyWindow
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 from pretrain.read_ahead import ReadAhead
+from pretrain.report_page import REPORT_FILE, ReportSink
 from pretrain.stopping import StopRequest
 from pretrain.telemetry import Telemetry
 
@@ -102,6 +104,10 @@ class Run:
         }
         if self.prediction:
             self.about["predicted"] = self.prediction.to_json()
+        if self.ranks.is_first and self.config.log.report:
+            self.metrics.add(ReportSink(self.metrics.folder))
+        if self.ranks.is_first and self.config.log.upload and (url := self.config.checkpoint.url):
+            self.metrics.add(open_log_uploads(self.metrics.folder, url, self.config.storage, self.config.run.name))
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
@@ -293,9 +299,11 @@ class Run:
 
     def next_commands(self) -> list[tuple[str, str]]:
         """(what, command) that a user may want now."""
+        page = [("see the whole run, in a browser", str(self.metrics.folder / REPORT_FILE))]
         again = f"the same command with --run {self.config.run.name} --resume auto"
         ended_early = self.stopped or self.spent
         return [
+            *(page if self.config.log.report else []),
             ("see the curves", f"tensorboard --logdir {self.config.log.dir}"),
             ("go on", again) if ended_early else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),

@@ -129,6 +129,14 @@ class ObjectStore(Protocol):
         """
         ...
 
+    def replace(self, name: str, data: bytes, generation: int) -> ObjectInfo:
+        """`data` in place of that generation of the object, all at once; 0: as a new object.
+
+        Raises:
+            ObjectExists: another generation is there; nothing was changed.
+        """
+        ...
+
     def delete(self, name: str, generation: int = 0) -> bool:
         """Whether the object was there to delete; with a generation, only that generation is deleted."""
         ...
@@ -222,6 +230,18 @@ class LocalStore:
     def create(self, name: str, data: bytes) -> ObjectInfo:
         """See ObjectStore."""
         return self._create(name, io.BytesIO(data))
+
+    def replace(self, name: str, data: bytes, generation: int) -> ObjectInfo:
+        """See ObjectStore."""
+        path = self._path(name)
+        with self._explained(path.parent):
+            if not generation:
+                return self.create(name, data)
+            if not path.exists() or path.stat().st_mtime_ns != generation:
+                raise exists(f"{path}")
+            with new_file(path) as file:
+                file.write(data)
+            return ObjectInfo(name, len(data), crc32c_of_bytes(data), path.stat().st_mtime_ns)
 
     def delete(self, name: str, generation: int = 0) -> bool:
         """See ObjectStore."""

@@ -27,7 +27,7 @@ from rich.console import Console
 
 from pretrain.catalog import METADATA_FILE, Entry
 from pretrain.charts import draw_text, save_png
-from pretrain.comparison import WeightChange, by_layer, differing_settings, weight_changes
+from pretrain.comparison import WeightChange, by_layer, weight_changes
 from pretrain.curves import saved_curve, with_log
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.leftovers import Leftover, find_leftovers, remove_leftover
@@ -42,6 +42,7 @@ from pretrain.places import (
     run_command,
 )
 from pretrain.run_lock import sole_use
+from pretrain.settings import differing_settings
 
 CURVES_FILE = "training_metrics.json"
 CHART_ROWS = (14, 8)  # of the loss and of the learning rate, in lines of a terminal

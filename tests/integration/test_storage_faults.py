@@ -82,6 +82,15 @@ def test_a_create_survives(fault: str, store: ObjectStore, fault_proxy: FaultPro
     assert store.read_bytes("commit") == SMALL
 
 
+@pytest.mark.parametrize("fault", [*ANSWERS, *BREAKS, "corrupt"])
+def test_a_replacement_survives(fault: str, store: ObjectStore, fault_proxy: FaultProxy) -> None:
+    first = store.replace("log", b"first", 0)
+    fault_proxy.inject(fault, UPLOAD, times=2)
+    second = store.replace("log", SMALL, first.generation)
+    assert fault_proxy.pending() == 0 and store.read_bytes("log") == SMALL
+    assert store.replace("log", b"third", second.generation).size == 5
+
+
 @pytest.mark.parametrize("fault", [*ANSWERS, *BREAKS])  # a listing has no checksum: TLS guards it
 def test_a_listing_survives(fault: str, store: ObjectStore, fault_proxy: FaultProxy) -> None:
     names = ["a", "b/c", "b/d"]

@@ -114,7 +114,8 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "profiling",
             "sensors",
             "telemetry",
-        },
+        }
+        | {"log_sources", "log_uploads", "monitor", "monitor_views", "power_log", "run_logs", "settings"},
         {"base", "storage"},
     ),
     "plan": ({"activations", "host_memory", "memory", "plan", "scaling"}, {"base", "engine"}),
@@ -137,6 +138,9 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "progress",
             "proof",
             "rendezvous",
+            "report_page",
+            "report_series",
+            "report_tables",
             "reports",
             "rollback",
             "run",
@@ -302,6 +306,7 @@ def test_no_part_is_handed_the_whole_config(path):
 
 def test_settings_are_read_without_torch():
     modules = "pretrain.config, pretrain.arguments, pretrain.plan, pretrain.supervise"
+    modules += ", pretrain.monitor_views, pretrain.log_sources, pretrain.report_page"
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 

@@ -7,17 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.checkpoint import CheckpointReader
-from pretrain.comparison import MISSING, WeightChange, by_layer, differing_settings, weight_changes
+from pretrain.comparison import WeightChange, by_layer, weight_changes
 from pretrain.errors import CheckpointError
 from tests.helpers_training import write_checkpoint
-
-
-def test_only_settings_that_differ_are_told():
-    texts = ["a: {x: 1, y: 2}\nb: [1, 2]\n", "a: {x: 1, y: 3}\nb: [1, 2]\nc: 5\n"]
-    assert differing_settings(texts) == {"a.y": [2, 3], "c": [MISSING, 5]}
-    assert differing_settings(texts[:1] * 3) == {}
-    with pytest.raises(CheckpointError, match="no YAML"):
-        differing_settings(["a: ["])
 
 
 def reader(tmp_path, step):

@@ -138,6 +138,7 @@ def test_nothing_is_ever_written(store: FsspecStore, tmp_path: Path) -> None:
     for write in (
         lambda: store.create("new", b"x"),
         lambda: store.upload(tmp_path / "file", "new"),
+        lambda: store.replace("b/2.npz", b"x", 0),
         lambda: store.delete("b/2.npz"),
     ):
         with pytest.raises(ConfigError, match=r"creation that fails where the name is taken.*gs://bucket/prefix"):

@@ -118,7 +118,7 @@ def test_sinks_see_everything_in_order_and_are_closed_once(tmp_path):
         metrics.summary({"steps": 5})
         metrics.close()
     assert notes.calls == [
-        ("event", ("resumed", {"step": 4})),
+        ("event", ("resumed", {"step": 4, "format": 1})),
         ("write", {"step": 5, "loss": 2.0, "time": 1.0}),
         ("event", ("validation", {"step": 5, "val_loss": 1.5})),
         ("summary", {"steps": 5}),
@@ -132,7 +132,7 @@ def test_events_have_their_own_file_and_a_late_one_is_kept(tmp_path):
     metrics.event("upload_failed", name="checkpoint-1", error="403")
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events == [
-        {"kind": "started", "time": 3.0, "step": 0},
+        {"kind": "started", "time": 3.0, "step": 0, "format": 1},
         {"kind": "ended", "time": 3.0},
         {"kind": "upload_failed", "time": 3.0, "name": "checkpoint-1", "error": "403"},
     ]

@@ -144,6 +144,30 @@ def test_nothing_is_ever_overwritten(store: ObjectStore, tmp_path: Path) -> None
     assert [info.name for info in store.list()] == ["commit"]
 
 
+def test_replace_takes_the_place_of_what_was_there(store: ObjectStore) -> None:
+    first = store.replace("logs/x", b"one", 0)
+    second = store.replace("logs/x", b"two, longer", first.generation)
+    assert second.generation != first.generation
+    assert (second.size, second.crc32c) == (11, crc32c_of_bytes(b"two, longer"))
+    assert store.read_bytes("logs/x") == b"two, longer"
+    found = store.stat("logs/x")
+    assert found and found.generation == second.generation
+
+
+@pytest.mark.parametrize("store", ["folder", "fake-gcs"], indirect=True)
+def test_replace_leaves_another_generation_alone(store: ObjectStore) -> None:
+    ours = store.replace("logs/x", b"one", 0)
+    theirs = store.replace("logs/x", b"two", ours.generation)
+    for generation in (ours.generation, 0):
+        with pytest.raises(ObjectExists, match="logs/x"):
+            store.replace("logs/x", b"three", generation)
+    assert store.read_bytes("logs/x") == b"two"
+    store.delete("logs/x")
+    with pytest.raises(StorageError):
+        store.replace("logs/x", b"four", theirs.generation)
+    assert store.stat("logs/x") is None
+
+
 @pytest.mark.parametrize("store", ["folder", "fake-gcs"], indirect=True)
 def test_of_eight_racing_creates_one_wins(store: ObjectStore) -> None:
     outcomes: dict[int, str] = {}
@@ -217,6 +241,7 @@ def test_names_that_lead_elsewhere_are_refused(store: ObjectStore, name: str, tm
         lambda: store.stat(name),
         lambda: store.read_bytes(name),
         lambda: store.download(name, tmp_path / "x"),
+        lambda: store.replace(name, b"x", 0),
         lambda: store.delete(name),
     ):
         with pytest.raises(StorageError):
@@ -365,6 +390,7 @@ def test_without_credentials_reading_is_anonymous_and_writing_names_the_mend(mon
     for write in (
         lambda: store.create("x", b"x"),
         lambda: store.upload(tmp_path / "x", "x"),
+        lambda: store.replace("x", b"x", 0),
         lambda: store.delete("x"),
     ):
         with pytest.raises(StorageError, match="gcloud auth application-default login"):

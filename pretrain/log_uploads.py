@@ -1,0 +1,148 @@
+"""A run's logs beside its checkpoints in the bucket, so that it can be watched from any machine.
+
+    {run}/logs/metrics.jsonl      and events.jsonl, training.log, …: replaced as a whole when they have changed
+
+Nothing here ends a run: what goes wrong is a warning. A file is replaced by the generation that this process has
+written or found at its start, so a trainer that was left behind never writes over the logs of the one that took over.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pretrain import log
+from pretrain.config import StorageConfig
+from pretrain.errors import ConfigError, StorageError
+from pretrain.sinks import Sink
+from pretrain.storage import ObjectExists, ObjectStore, crc32c_of_bytes, open_store
+
+LOGS_FOLDER = "logs"
+LOG_FILES = (
+    "events.jsonl",
+    "metrics.jsonl",
+    "training.log",
+    "restarts.jsonl",
+    "config.yaml",
+    "summary.json",
+    "report.html",
+)
+MAX_BYTES = 256 << 20  # of one file: a metrics.jsonl of half a million steps; what is longer stays here
+DEADLINE_S = 20.0  # of all tries of one request: the next commit tries again anyway
+FAREWELL_S = 20.0  # that the end of a run waits for the last copy: spot machines give 30 s in all
+
+logger = log.get(__name__)
+
+
+class LogUploads(Sink):
+    """Copies the log folder of one run to the bucket after each commit and at the end, in a thread of its own: neither
+    the training nor a checkpoint waits for it.
+
+    Args:
+        folder: logs/{run}.
+        store: root of all checkpoints.
+        run_name: folder of the run there.
+
+    Attributes:
+        is_off: whether somebody else writes these logs, and this process no longer does.
+    """
+
+    def __init__(self, folder: Path, store: ObjectStore, run_name: str) -> None:
+        self._folder = folder
+        self._store = store
+        self._prefix = f"{run_name}/{LOGS_FOLDER}"
+        self._sent: dict[str, tuple[int, int]] = {}  # file: (bytes, time of change) of what is in the bucket
+        self._generations: dict[str, int] | None = None  # None: the bucket was not looked at yet
+        self._tried: dict[str, str] = {}  # file: crc32c of what was sent last, whether or not it came
+        self._told: set[str] = set()
+        self.is_off = False
+        self._wanted, self._closing = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="log uploads", daemon=True)
+        self._thread.start()
+
+    def event(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Copy what has changed, soon, where a checkpoint was committed."""
+        if kind == "checkpoint_committed":
+            self._wanted.set()
+
+    def close(self) -> None:
+        """Copy what has changed a last time, within `FAREWELL_S`."""
+        self._closing.set()
+        self._wanted.set()
+        self._thread.join(FAREWELL_S)
+        if self._thread.is_alive():
+            self._warn(f"the last of the logs did not reach the bucket within {FAREWELL_S:.0f} s")
+
+    def _work(self) -> None:
+        while not self.is_off:
+            self._wanted.wait()
+            self._wanted.clear()
+            is_last = self._closing.is_set()
+            self.upload()
+            if is_last:
+                break
+
+    def upload(self) -> list[str]:
+        """Replace what has changed since the last call; the names of the files that were sent."""
+        try:
+            return self._upload_changed()
+        except ObjectExists as error:
+            self.is_off = True
+            logger.warning("another process writes the logs of this run in the bucket: %s", error.what)
+        except (StorageError, ConfigError, OSError) as error:
+            self._warn(f"the logs were not copied to the bucket: {error}")
+        return []
+
+    def _upload_changed(self) -> list[str]:
+        if self._generations is None:
+            infos = self._store.list(f"{self._prefix}/")
+            self._generations = {info.name.rpartition("/")[2]: info.generation for info in infos}
+        sent = []
+        for file in LOG_FILES:
+            path = self._folder / file
+            if not path.is_file():
+                continue
+            status = path.stat()
+            state = status.st_size, status.st_mtime_ns
+            if self._sent.get(file) == state:
+                continue
+            if status.st_size > MAX_BYTES:
+                self._warn(f"{path} has {status.st_size >> 20} MiB and is no longer copied to the bucket")
+                continue
+            self._generations[file] = self._replace(file, path.read_bytes(), self._generations.get(file, 0))
+            self._sent[file] = state
+            sent.append(file)
+        return sent
+
+    def _replace(self, file: str, data: bytes, generation: int) -> int:
+        """The generation of `data` in the bucket. Raises ObjectExists where another process has written there."""
+        name = f"{self._prefix}/{file}"
+        try:
+            return self._store.replace(name, data, generation).generation
+        except ObjectExists:
+            found = self._store.stat(name)
+            if not found or found.crc32c != self._tried.get(file):
+                raise
+            # what is there is our last try, whose reply was lost
+            return self._store.replace(name, data, found.generation).generation
+        finally:
+            self._tried[file] = crc32c_of_bytes(data)
+
+    def _warn(self, text: str) -> None:
+        """Say it once: the next checkpoint tries again, and would say the same."""
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)
+
+
+def open_log_uploads(folder: Path, url: str, storage: StorageConfig, run_name: str) -> LogUploads:
+    """The uploads of logs/{run}, with a patience of their own.
+
+    Raises:
+        ConfigError: see `open_store`.
+    """
+    patience = replace(storage, deadline_s=min(storage.deadline_s, DEADLINE_S))
+    return LogUploads(folder, open_store(url, patience), run_name)
