@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -13,9 +13,10 @@ from tokenizers import Tokenizer
 from pretrain.cache import ShardCache
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.doctor import Finding, attempt, fail, ok, skip, warn
-from pretrain.errors import ShardError
+from pretrain.errors import ShardError, TrainerError
 from pretrain.listings import size_text
 from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME, DataManifest
+from pretrain.mixture import alone
 from pretrain.model_config import ModelConfig
 from pretrain.npz import check_vocab, read_npz
 from pretrain.shards import missing_shards, read_manifest, select_shards
@@ -48,14 +49,28 @@ class _TooSlow(Exception):
 
 
 def corpus(data: DataConfig, storage: StorageConfig, model: ModelConfig) -> list[Finding]:
-    """Everything about the training shards that can be known from their list and the first of them.
+    """What can be known of the training shards of every source from their list and the first of them."""
+    if data.tokenizer:
+        return [skip("shards", "data.tokenizer: raw text, which is prepared into shards before the first step")]
+    if not (data.source or data.sources):
+        return [skip("shards", "no --data given")]
+    findings = []
+    for title, one in alone(data):
+        try:
+            found = _look_at(one, storage, model)
+        except TrainerError as error:
+            found = [fail("shards", error)]
+        findings += [replace(each, found=f"{title}: {each.found}") if title else each for each in found]
+    return findings
+
+
+def _look_at(data: DataConfig, storage: StorageConfig, model: ModelConfig) -> list[Finding]:
+    """The findings about one source.
 
     Raises:
-        StorageError: they can't be listed.
-        ShardError: there are none.
+        StorageError: it can't be listed.
+        ShardError: there are no shards.
     """
-    if not data.source:
-        return [skip("shards", "no --data given")]
     store = open_store(data.source, impatient(storage))
     started = time.perf_counter()
     listed = store.list()
@@ -84,6 +99,8 @@ def validation(data: DataConfig, storage: StorageConfig) -> Finding:
         StorageError: they can't be listed.
         ShardError: there are none.
     """
+    if data.tokenizer and data.val_source:
+        return skip("validation_shards", "data.tokenizer: raw text, which is prepared before the first step")
     if not data.val_source:
         return skip("validation_shards", "no data.val_source: training is not validated")
     store = open_store(data.val_source, impatient(storage))

@@ -36,7 +36,7 @@ from pretrain.memory import Setup
 # status: (what is printed, its style)
 SHOWN = {"ok": ("ok", "green"), "warn": ("warn", "bold yellow"), "fail": ("FAIL", "bold red"), "skip": ("–", "dim")}
 NAME_WIDTH = 18
-DATA_OPTIONS = ("--config", "--data", "--data.source")
+DATA_OPTIONS = ("--config", "--data", "--data.source", "--data.sources")
 UNNAMED = "unnamed"
 
 
@@ -133,7 +133,8 @@ def torch_questions(invocation: Invocation, setup: Setup, gpus: int, ranks: int)
 def storage_questions(config: Config) -> list[Question]:
     """What disks, buckets and shards say."""
     data, checkpoint, storage = config.data, config.checkpoint, config.storage
-    size, urls = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model), [data.source, checkpoint.url]
+    size = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model)
+    urls = [data.source, *(each.source for each in data.sources), checkpoint.url]
     disk, bucket = storage_checks.checkpoint_disk, (checkpoint.url, config.run.name, storage)
     return [
         Question("cache_disk", storage_checks.cache_disk, (data.cache_dir,), StorageError, 60),

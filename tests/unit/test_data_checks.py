@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pretrain import data_checks
-from pretrain.config import DataConfig, StorageConfig
+from pretrain.config import DataConfig, SourceConfig, StorageConfig
 from pretrain.doctor import Question, answer
 from pretrain.files import crc32c_of_file
 from pretrain.model_config import ModelConfig
@@ -129,6 +129,15 @@ def test_a_tokenizer_of_other_shards(data, tmp_path):
     save_tokenizer(train_bpe(["a b c d e"] * 9, 259), folder / "tokenizer.json")
     status, words = look(data)["tokenizer"]
     assert status == "fail" and "has 259 ids, the model 257" in words
+
+
+def test_every_source_of_a_mixture_is_looked_at_and_raw_text_is_left_to_its_preparation(data, tmp_path):
+    parts = SourceConfig(data.source, 0.7, "web"), SourceConfig(str(tmp_path / "nothing"), 0.3, "code")
+    mixed = replace(data, source="", sources=parts)
+    findings = answer(Question("shards", data_checks.corpus, (mixed, QUICK, MODEL)))
+    told = [(each.status, each.found.partition(":")[0]) for each in findings if each.name in ("shards", "shard")]
+    assert told == [("fail", "code"), ("ok", "web"), ("ok", "web")]
+    assert look(replace(data, tokenizer="tokenizer.json"))["shards"][0] == "skip"
 
 
 def test_validation_shards(data, tmp_path):
