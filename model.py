@@ -26,15 +26,16 @@ from torch.utils.checkpoint import (
 )
 
 if TYPE_CHECKING:
+    from pretrain.document_mask import DocumentMask
     from pretrain.kv_cache import KVCache
     from pretrain.model_config import ModelConfig
 
 INIT_STD = 0.02
 
 # A kernel maps (query, key, value, dropout probability) to causal attention: query (B, T, n_head, D), key and value
-# (B, T, n_kv_head, D), result like query.
-AttentionKernel = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE, each fp32 (T, 1, rotary_dim) or (B, T, 1, rotary_dim)
+# (B, T, n_kv_head, D), result like query. One that keeps documents apart takes their mask, too.
+AttentionKernel = Callable[..., Tensor]
+Rotation = tuple[Tensor, Tensor]  # cosine and sine of RoPE, each (T, 1, rotary_dim) or (B, T, 1, rotary_dim)
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -53,16 +54,21 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     return y.transpose(1, 2)
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Plain matrix products: runs everywhere, and keeps (B, n_head, T, T) scores in memory."""
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, hidden: Tensor | None = None) -> Tensor:
+    """Plain matrix products: runs everywhere, and keeps (B, n_head, T, T) scores in memory.
+
+    Args:
+        hidden: the keys that each query does not see, bool (B, 1, T, T); None: all later ones.
+    """
     shared_by = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(shared_by, 2), v.repeat_interleave(shared_by, 2)  # (B, T, n_head, D)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, D)
     T = q.size(-2)
     # scaled before the product, so that fp16 scores stay far from its limit of 65504
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)  # (B, n_head, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.float().masked_fill(future, -math.inf).softmax(-1).type_as(v)
+    if hidden is None:
+        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.float().masked_fill(hidden, -math.inf).softmax(-1).type_as(v)
     return (F.dropout(weights, dropout) @ v).transpose(1, 2)
 
 
@@ -101,7 +107,9 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.resid_drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation | None = None, mask: Any = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
         B, T, _ = x.shape
         q, k, v = self.qkv(x).view(B, T, -1, self.head_dim).split(self.heads, 2)  # each (B, T, heads, D)
@@ -109,17 +117,18 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
+        dropout = self.dropout if self.training else 0.0
         if cache is not None:
-            y = cache.attend(self.layer, q, k, v)
+            y = cache.attend(self.layer, q, k, v)  # (B, T, n_head, D)
         else:
-            y = self.kernel(q, k, v, self.dropout if self.training else 0.0)  # (B, T, n_head, D)
+            y = self.kernel(q, k, v, dropout) if mask is None else self.kernel(q, k, v, dropout, mask)
         out: Tensor = self.resid_drop(self.proj(y.flatten(2)))  # (B, T, d_model)
         return out
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """RoPE (Su et al. 2021) on the first rotary_dim numbers of each head, in halves as GPT-NeoX and Llama pair them."""
-    cos, sin = rotation[0].type_as(x), rotation[1].type_as(x)
+    cos, sin = rotation
     turned, kept = x.split([cos.size(-1), x.size(-1) - cos.size(-1)], -1)
     first, second = turned.chunk(2, -1)
     turned = turned * cos + torch.cat((-second, first), -1) * sin
@@ -169,9 +178,11 @@ class Block(nn.Module):
         self.ln_2 = build_norm(config)
         self.mlp = FeedForward(config)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation | None = None, mask: Any = None, cache: KVCache | None = None
+    ) -> Tensor:
         """(B, T, d_model) to (B, T, d_model)."""
-        attended = self.attn(self.ln_1(x), rotation, cache)
+        attended = self.attn(self.ln_1(x), rotation, mask, cache)
         read = x if self.parallel else x + attended
         out: Tensor = x + attended + self.mlp(self.ln_2(read))
         return out
@@ -185,6 +196,7 @@ EXPENSIVE = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
 )
 
 
@@ -197,42 +209,58 @@ def keep_expensive(_context: SelectiveCheckpointContext, op: Any, *_args: Any, *
 selective = functools.partial(create_selective_checkpoint_contexts, keep_expensive)
 
 
+@torch.no_grad()
+def draw(weight: Tensor, name: str, config: ModelConfig, generator: torch.Generator | None = None) -> Tensor:
+    """Give one parameter its initial values; drawn one after the other, in the order of the module, they are a model's.
+
+    GPT-2's: N(0, 0.02), biases 0, norms 1; what writes to the residual stream is scaled down by its 2·n_layer writers.
+
+    Args:
+        weight: fp32, of the parameter's full shape.
+        name: canonical.
+    """
+    if name.endswith(".bias"):
+        return weight.zero_()
+    if weight.ndim == 1:
+        return weight.fill_(1.0)
+    writes_to_residual = name.endswith((".attn.proj.weight", ".mlp.down.weight"))
+    weight.normal_(
+        std=INIT_STD / math.sqrt(2 * config.n_layer) if writes_to_residual else INIT_STD, generator=generator
+    )
+    if name in ("tok_emb.weight", "head.weight"):
+        # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
+        weight[config.vocab_size :].zero_()
+    return weight
+
+
 class GPT(nn.Module):
     """The whole model.
 
     Args:
         config: a resolved ModelConfig.
         attention: name of the kernel, as `pretrain.kernels.choose_attention` returns it.
+        documents: keeps the documents of a sequence apart, with a kernel of its own; None: they see those before them.
     """
 
-    def __init__(self, config: ModelConfig, attention: str = "sdpa") -> None:
+    def __init__(self, config: ModelConfig, attention: str = "sdpa", documents: DocumentMask | None = None) -> None:
         super().__init__()
         self.config = config
+        self.documents = documents
         self.tok_emb = Embedding(config.padded_vocab_size, config.d_model)
         if config.position == "learned":
             self.pos_emb = Embedding(config.seq_len, config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, KERNELS[attention], layer) for layer in range(config.n_layer))
+        kernel = documents.attend if documents is not None else KERNELS[attention]
+        self.blocks = nn.ModuleList(Block(config, kernel, layer) for layer in range(config.n_layer))
         self.ln_f = build_norm(config)
         if not config.tie_embeddings:
             self.head = Linear(config.d_model, config.padded_vocab_size, bias=False)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self) -> None:
-        """GPT-2's: N(0, 0.02), biases 0; what writes to the residual stream is scaled down by its 2·n_layer writers."""
-        residual_std = INIT_STD / math.sqrt(2 * self.config.n_layer)
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-                module.reset_parameters()  # weight 1, bias 0
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
-                writes_to_residual = name.endswith((".attn.proj", ".mlp.down"))
-                nn.init.normal_(module.weight, std=residual_std if writes_to_residual else INIT_STD)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
-        self.tok_emb.weight[self.config.vocab_size :].zero_()
-        self.head_weight[self.config.vocab_size :].zero_()
+        """Draw every parameter, in the order of the module."""
+        for name, parameter in self.named_parameters():
+            draw(parameter, name, self.config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -245,7 +273,8 @@ class GPT(nn.Module):
         Args:
             tokens: int64 (B, T); with what the cache holds, at most `seq_len` of them.
             targets: int64 (B, T), the token that follows each one.
-            cache: of the tokens before these; it takes these in. For evaluation only: without dropout or gradients.
+            cache: of the tokens before these; it takes these in. For evaluation only: without dropout or gradients,
+                and all of a row is one document.
 
         Returns:
             With targets their mean cross entropy in nats per token, an fp32 scalar whatever the compute dtype; without,
@@ -258,27 +287,34 @@ class GPT(nn.Module):
         limit = self.config.seq_len
         if seen + length > limit:
             raise ValueError(f"a sequence of {seen + length} tokens is longer than the model's seq_len of {limit}")
-        # (length) or (B, length)
-        positions = torch.arange(length, device=tokens.device) if cache is None else cache.positions(length)
         x = self.tok_emb(tokens)  # (B, T, d_model)
+        positions, mask = self._places(tokens, x.dtype, cache)
         if self.config.position == "learned":
             x = x + self.pos_emb(positions)
-        rotation = self._rotation(positions) if self.config.position == "rope" else None
+        rotation = self._rotation(positions, x.dtype) if self.config.position == "rope" else None
         x = self.drop(x)
         for block in self.blocks:
-            x = self._recomputed(block, x, rotation) if self._recomputes() else block(x, rotation, cache)
+            x = self._recomputed(block, x, rotation, mask) if self._recomputes() else block(x, rotation, mask, cache)
         if cache is not None:
             cache.length += length
         x = self.ln_f(x)  # (B, T, d_model)
         return self._logits(x) if targets is None else self._loss(x.flatten(0, 1), targets.flatten())
 
-    def _rotation(self, positions: Tensor) -> Rotation:
+    def _places(self, tokens: Tensor, dtype: torch.dtype, cache: KVCache | None) -> tuple[Tensor, Any]:
+        """The position of each token, int64 (T) or (B, T), and what keeps documents apart."""
+        if cache is not None:
+            return cache.positions(tokens.size(1)), None
+        if self.documents is not None:
+            return self.documents.read(tokens, dtype)
+        return torch.arange(tokens.size(1), device=tokens.device), None
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation:
         """RoPE's cosines and sines; made anew each time, because a buffer would be rounded with the weights."""
         half = self.config.rotary_dim // 2
         exponents = torch.arange(half, dtype=torch.float32, device=positions.device) / half
         angles = positions[..., None].float() * self.config.rope_theta**-exponents  # (…, T, half)
         angles = torch.cat((angles, angles), -1)[..., None, :]  # (…, T, 1, rotary_dim)
-        return angles.cos(), angles.sin()
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) to (…, vocab_size). The head's padding is cut off: no probability, and so no gradient."""
@@ -300,15 +336,15 @@ class GPT(nn.Module):
         """Whether blocks forget their activations in this forward pass: only where a backward pass will follow."""
         return self.config.activation_checkpointing != "none" and self.training and torch.is_grad_enabled()
 
-    def _recomputed(self, block: nn.Module, x: Tensor, rotation: Rotation | None) -> Tensor:
+    def _recomputed(self, block: nn.Module, x: Tensor, rotation: Rotation | None, mask: Any) -> Tensor:
         """Run a block that keeps its input, or that and its matrix products. Dropout falls the same in both runs."""
         keep_rng = self.config.dropout > 0  # without dropout the copies of its state would be for nothing
         if self.config.activation_checkpointing == "selective":  # two calls: the compiler must see which function it is
             y: Tensor = checkpoint(
-                block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng, context_fn=selective
+                block, x, rotation, mask, use_reentrant=False, preserve_rng_state=keep_rng, context_fn=selective
             )
         else:
-            y = checkpoint(block, x, rotation, use_reentrant=False, preserve_rng_state=keep_rng)
+            y = checkpoint(block, x, rotation, mask, use_reentrant=False, preserve_rng_state=keep_rng)
         return y
 
     def n_parameters(self) -> int:

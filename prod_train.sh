@@ -4,6 +4,7 @@
 #
 #   CHECKPOINTS=gs://bucket/Checkpoints bash prod_train.sh
 #   bash prod_train.sh --dry-run      print the launch command and the resolved config, start nothing
+#   bash prod_train.sh --skip-doctor  start without a look at the machine, the bucket and the shards first
 #
 #   GPUS=8                    processes on this node (without a GPU: ranks on the CPU, a rehearsal)
 #   NNODES=1  NODE_RANK=0     nodes in all, and which one this is; run this script on each of them. NNODES=1:4 is
@@ -20,6 +21,7 @@
 #   MAX_RESTARTS=3            restarts in a row without a new checkpoint before it gives up; 0: none
 #   GRACE_S=0                 seconds from SIGTERM to SIGKILL; 0: as long as the save takes. Spot VMs give 15 to 30
 #
+# scripts/doctor.py looks at everything first: what fails there ends this script with its exit code, a warning does not.
 # Further arguments pass on to train.py and win. Its exit code is this script's: 75 means "start me again". SIGTERM and
 # Ctrl+C save at the next step and end with 75; a second one ends at once. See python -m pretrain.supervise --help.
 set -euo pipefail
@@ -43,10 +45,11 @@ gpus_given="${GPUS:-}"
 GPUS="${GPUS:-8}" NNODES="${NNODES:-1}" NODE_RANK="${NODE_RANK:-0}" MASTER_PORT="${MASTER_PORT:-29500}"
 CONFIG="${CONFIG:-production}" MAX_RESTARTS="${MAX_RESTARTS:-3}" GRACE_S="${GRACE_S:-0}"
 
-dry_run=false resumes=false arguments=()
+dry_run=false doctor=true resumes=false arguments=()
 for argument in "$@"; do
     case "$argument" in
     --dry-run) dry_run=true && continue ;;
+    --skip-doctor) doctor=false && continue ;;
     --resume | --resume=* | --checkpoint.resume | --checkpoint.resume=*) resumes=true ;;
     esac
     arguments+=("$argument")
@@ -66,9 +69,13 @@ MIN_NODES="${NNODES%%:*}" MAX_NODES="${NNODES##*:}"
     "Give MAX_RESTARTS=3, say"
 [[ "$GRACE_S" =~ ^[0-9]+(\.[0-9]+)?$ ]] || die "GRACE_S=$GRACE_S is not a number of seconds" "Give GRACE_S=20, say"
 if [[ -z "${DATA:-}" ]]; then
-    [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
-        "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
-    DATA=data/training
+    if grep -qs '^ *sources:' "$CONFIG" "configs/$CONFIG.yaml"; then
+        DATA="" # a mixture, which the config names
+    else
+        [[ -d data/training ]] || die "DATA is not set and there is no folder data/training" \
+            "Run DATA=gs://bucket/prefix bash setup_prod.sh first, or give DATA=gs://bucket/prefix here"
+        DATA=data/training
+    fi
 fi
 
 bash setup_env.sh >&2
@@ -89,7 +96,8 @@ if [[ "$MAX_NODES" -gt 1 ]]; then
     launch+=("--nnodes=$NNODES" "--node_rank=$NODE_RANK" "--master_addr=$MASTER_ADDR" "--master_port=$MASTER_PORT")
     if [[ -n "${MEET_S:-}" ]]; then launch+=("--rdzv_conf=join_timeout=$MEET_S"); fi
 fi
-train=(train.py --config "$CONFIG" --data "$DATA")
+train=(train.py --config "$CONFIG")
+if [[ -n "$DATA" ]]; then train+=(--data "$DATA"); fi
 if [[ -n "${VAL_DATA:-}" ]]; then train+=(--data.val_source "$VAL_DATA"); fi
 if [[ -n "${PRECISION:-}" ]]; then train+=(--precision "$PRECISION"); fi
 if [[ -n "${RUN:-}" ]]; then train+=(--run "$RUN"); fi
@@ -106,5 +114,13 @@ if $dry_run; then
     printf '%q ' "${supervise[@]}" "${launch[@]}" "${train[@]}"
     printf '\n\n# resolved config on %d ranks\n' $((GPUS * MAX_NODES))
     WORLD_SIZE=$((GPUS * MAX_NODES)) exec .venv/bin/python "${train[@]}" --print_config
+fi
+if $doctor; then # once, and not at every restart; each node looks at itself. Its exit code is train.py's
+    say "is this machine ready? (--skip-doctor leaves this out)"
+    .venv/bin/python scripts/doctor.py "--ranks=$GPUS" "--nodes=$MAX_NODES" "${train[@]:1}" >&2 || {
+        code=$?
+        say "not started; see above what to mend, or give --skip-doctor"
+        exit "$code"
+    }
 fi
 exec "${supervise[@]}" "${launch[@]}" "${train[@]}"

@@ -27,7 +27,7 @@ from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
 from pretrain.failpoints import failpoint
-from pretrain.reports import end_at_once, explain, report
+from pretrain.reports import end_at_once, explain, memory_advice, report
 from pretrain.versions import check_versions
 
 if TYPE_CHECKING:
@@ -80,10 +80,11 @@ def train(invocation: Invocation) -> int:
 
     end_with_launcher()
     run = build(invocation)
-    with run.metrics, run.keeper, stop_request() as stop:
+    with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
-            run.beat = watchdog.beat
-            loop(run, stop)
+            run.beat, run.excuse = watchdog.beat, watchdog.excuse
+            with memory_advice(run.config.batch, run.config.model, run.ranks.world_size):
+                loop(run, stop)
         return close(run)
 
 
@@ -91,19 +92,21 @@ def train(invocation: Invocation) -> int:
 
 
 def build(invocation: Invocation) -> Run:
-    """Meet the other ranks, find what to resume, fetch the data, build the model and its engine."""
+    """Meet the other ranks, find what to resume, find the data, build the model and its engine."""
     from pretrain.corpus import fetch_corpus
     from pretrain.divergence import Watch
     from pretrain.engine.build import build_engine
     from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
-    from pretrain.metrics import open_metrics
+    from pretrain.outset import check_memory, open_instruments, settle_micro_size
+    from pretrain.pretrained import first_weights
     from pretrain.progress import Progress
-    from pretrain.run import Run, check_memory
+    from pretrain.run import Run
 
     config, run_name = invocation.config, invocation.config.run.name
     device, me = meet(config, invocation.debug)
+    config = settle_micro_size(config, device, me)
     prediction = check_memory(config, device, me, invocation.force)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()
@@ -116,20 +119,21 @@ def build(invocation: Invocation) -> Run:
         seed=config.run.seed,
         eval_sequences=config.train.eval_sequences,
     )
+    config = config.with_document_end(corpus.document_end)
     check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
-    model = build_model(config, device, me, fresh=checkpoint is None)
+    model = build_model(config, device, me)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
     history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
-    if checkpoint is not None:
+    if checkpoint is None:
+        engine.initialise(first_weights(config.model, config.run.seed))
+    else:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
-    steps = {"total_steps": total_steps, "first_step": progress.step}
-    metrics = open_metrics(config.log, run_name, settings=dataclasses.asdict(config), rank=me.rank, **steps)
-    return Run(
-        config, me, device, corpus, model, engine, keeper, metrics, history, watch, progress, total_steps, prediction
-    )
+    instruments = open_instruments(config, me, device, total_steps, progress.step, checkpoint)
+    parts = (config, me, device, corpus, model, engine, keeper, *instruments, history, watch, progress)
+    return Run(*parts, total_steps, prediction)
 
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
@@ -148,33 +152,32 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     return device, me
 
 
-def build_model(config: Config, device: torch.device, me: Ranks, fresh: bool) -> GPT:
-    """The model on the device, with the same initial weights on every rank: seeded ones, or `model.init_from`'s."""
+def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
+    """The model without memory, on the meta device: the engine takes what this rank keeps of it."""
     import torch
 
     from model import GPT
     from pretrain.compiler import compile_model
+    from pretrain.document_mask import DocumentMask
     from pretrain.engine.base import PRECISION_DTYPES
-    from pretrain.kernels import choose_attention
-    from pretrain.pretrained import init_from
+    from pretrain.kernels import Masking, choose_attention
 
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
         torch.use_deterministic_algorithms(True)
     shape = config.model
     dtype = PRECISION_DTYPES[config.train.precision]
+    masking = Masking(shape.dropout, config.train.compile) if config.data.document_mask else None
     try:
-        attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim)
+        attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim, masking)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
-    torch.manual_seed(config.run.seed)
-    model = GPT(shape, attention).to(device)
+    documents = DocumentMask(attention, config.data.eot_token_id) if masking else None
+    with torch.device("meta"):
+        model = GPT(shape, attention, documents)
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )
-    if fresh and shape.init_from:
-        init_from(model, Path(shape.init_from))
-        logger.info("weights from %s", shape.init_from)
     if config.train.compile:
         compile_model(model, device, me)
     return model
@@ -208,11 +211,15 @@ def loop(run: Run, stop: StopRequest) -> None:
 
     stream = run.corpus.batches.stream(run.progress.position, run.ranks.rank, run.ranks.world_size)
     due = False
+    run.check_budget()
     with contextlib.closing(stream):
-        while run.progress.step < run.total_steps and not run.stopped:
+        while run.progress.step < run.total_steps and not run.spent:
+            waited_s = run.await_batch(stream, stop)
+            if run.stopped:
+                break
             failpoint("loop.before_step")
             files_before = run.progress.files
-            trouble = take_step(run, stream)
+            trouble = take_step(run, stream, waited_s)
             failpoint("loop.after_step")
             due = due or is_due(run, files_before)
             if trouble:
@@ -223,13 +230,19 @@ def loop(run: Run, stop: StopRequest) -> None:
             due = due and bool(run.watch.skipped_in_a_row)
             run.record_events()
             run.keeper.check()
-            run.stopped = run.ranks.any(bool(stop))
+            run.check_budget()
     if run.stopped and run.ranks.is_first:
         logger.warning("asked to stop (%s): ending at step %d", stop.signal_name or "another rank", run.progress.step)
+    elif run.spent and run.ranks.is_first:
+        logger.warning("%s: ending at step %d of %d", run.spent, run.progress.step, run.total_steps)
 
 
-def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Trouble | None:
-    """One optimizer step, its validation and its record where they are due; what is wrong, if anything."""
+def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s: float = 0.0) -> Trouble | None:
+    """One optimizer step, its validation and its record where they are due; what is wrong, if anything.
+
+    Args:
+        waited_s: seconds that the ranks have waited for its batch already.
+    """
     import torch
 
     from pretrain.divergence import Observation
@@ -237,9 +250,8 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Troubl
     from pretrain.progress import step_seed
 
     config = run.config
-    started = time.perf_counter()
+    started = time.perf_counter() - waited_s
     tokens, position = next(stream)
-    data_wait_s = time.perf_counter() - started
     lr = learning_rate(run.engine.state().optimizer_steps, run.total_steps, config.optim)
     # Dropout's randomness is a function of where the run stands, so there is no generator state to save.
     torch.manual_seed(step_seed(config.run.seed, run.progress.step, run.ranks.rank))
@@ -257,9 +269,10 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Troubl
     first, last = progress.step == run.first_step + 1, progress.step == run.total_steps
     evaluates = trouble is None and (last or divides(config.train.eval_interval, progress.step))
     if evaluates:
-        evaluate(run)
+        with run.phase("eval"):
+            evaluate(run)
     if first or last or evaluates or trouble or divides(config.log.interval, progress.step):
-        run.record(result, loss, lr, step_s, data_wait_s, run.val_loss if evaluates else None)
+        run.record(result, loss, lr, run.val_loss if evaluates else None)
     return trouble
 
 
@@ -297,13 +310,15 @@ def save(run: Run, may_skip: bool = False) -> None:
     from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
+    run.metrics.event("checkpoint_begun", step=run.progress.step)
     documents = checkpoint_documents(
-        run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch
+        run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch, run.ledger()
     )
     documents["config.yaml"] = to_yaml(run.config)
     if run.corpus.tokenizer is not None:
         documents[TOKENIZER_NAME] = run.corpus.tokenizer
-    stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents, may_skip=may_skip)
+    with run.phase("checkpoint"):
+        stall_ms = run.keeper.save(run.progress.checkpoint_name, run.engine, documents, may_skip=may_skip)
     if stall_ms is not None:
         logger.info("%s: snapshot taken, training waited %.0f ms", run.progress.checkpoint_name, stall_ms)
 

@@ -5,12 +5,16 @@
 One model under DeepSpeed ZeRO-2, one process; in each round every side saves the state of that engine once, in turn,
 and the figures are medians of the rounds' ratios. A first round warms up and isn't counted.
 
-    stall   how long training waits: until the call returns. The others' includes no fsync, as they are used.
+    stall   how long training waits: until the call returns. The others' includes no fsync, as they are used. To ours
+            is added what the next step's update waits for the copy, in a step that is taken right after another save.
     total   until the checkpoint is whole and on disk. Ours checksums (crc32c) and syncs every file and commits; what
             the others write is synced afterwards, within their time, and not checksummed.
 
 torch.save and async_save are given the same named fp32 tensors that ours writes, and gathering them counts, as it does
 in ours. async_save has no goal: it is there to compare with.
+
+On a CPU a copy beside a step shares its cores and memory (a GPU copies by itself): `slower_step_ms` is how much longer
+save and step together take than the step alone.
 """
 
 from __future__ import annotations
@@ -51,7 +55,8 @@ from pretrain.ranks import Ranks, join, leave, local_ranks
 
 STALL_GOAL, TOTAL_GOAL, SHARE_GOAL, BYTES_GOAL = 0.1, 1.0, 1.0, 12.1
 SECONDS_BETWEEN_SAVES = 60
-BATCH, SEQ_LEN, VOCAB_SIZE = 2, 64, 8192
+RUN = "bench"
+BATCH, SEQ_LEN, VOCAB_SIZE = 4, 128, 8192
 Field = Literal["stall", "total"]
 OURS, TORCH, DEEPSPEED, ASYNC = "ours", "torch.save", "deepspeed", "dcp.async_save"
 
@@ -97,8 +102,15 @@ def build(shape: ModelConfig, device: torch.device, precision: str, ranks: Ranks
     engine = build_engine(GPT(shape, attention), EngineConfig(), OptimConfig(), batch, precision, device, ranks)
     if engine.name != DEEPSPEED:
         raise ConfigError("DeepSpeed can't run on this machine, so there is nothing to compare with")
-    engine.train_step([torch.randint(shape.vocab_size, (BATCH, shape.seq_len + 1))], lr=1e-3)
+    step(engine, shape)
     return engine
+
+
+def step(engine: Engine, shape: ModelConfig) -> float:
+    """Take one step; its seconds."""
+    started = time.perf_counter()
+    engine.train_step([torch.randint(shape.vocab_size, (BATCH, shape.seq_len + 1))], lr=1e-3)
+    return time.perf_counter() - started
 
 
 class Bench:
@@ -108,13 +120,17 @@ class Bench:
         keeper: ours; it writes to `folder`/checkpoints.
     """
 
-    def __init__(self, engine: Engine, keeper: Keeper, folder: Path, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, engine: Engine, shape: ModelConfig, keeper: Keeper, folder: Path, ranks: Ranks, device: torch.device
+    ) -> None:
         self.engine = engine
+        self.shape = shape
         self.ranks = ranks
         self.keeper = keeper
         self.folder = folder
         self.device = device
-        self.step = 0
+        self.saves = 0
+        self.slower_step_ms: list[float] = []
         self.bytes: dict[str, int] = {}
         self.sides: dict[str, Callable[[], Cost]] = {
             OURS: self.ours,
@@ -137,14 +153,39 @@ class Bench:
         return costs
 
     def ours(self) -> Cost:
-        self.step += 1
         started = time.perf_counter()
-        self.keeper.save(CheckpointName(0, self.step, self.step), self.engine, {})
+        self._save()
         stalled = time.perf_counter()
         self.keeper.wait()
         cost = _cost(started, stalled)
         self.keeper.check()
-        return cost
+        shutil.rmtree(self.folder / "checkpoints" / RUN / str(self._name))
+        return Cost(cost.stall_ms + self._waiting_update_ms(), cost.total_ms)
+
+    def _save(self) -> None:
+        self.saves += 1
+        self._name = CheckpointName(0, self.saves, self.saves)
+        self.keeper.save(self._name, self.engine, {})
+
+    def _waiting_update_ms(self) -> float:
+        """What the update of a step waits that is taken right after a save."""
+        alone_s = step(self.engine, self.shape)
+        waited_s = 0.0
+        started = time.perf_counter()
+        self._save()
+        wait = self.engine.before_update
+
+        def timed() -> None:
+            nonlocal waited_s
+            begin = time.perf_counter()
+            wait()
+            waited_s += time.perf_counter() - begin
+
+        self.engine.before_update = timed
+        step(self.engine, self.shape)
+        self.slower_step_ms.append((time.perf_counter() - started - alone_s) * 1e3)
+        self.keeper.wait()
+        return waited_s * 1e3
 
     def by_torch(self) -> Cost:
         path = self.folder / TORCH / "state.pt"
@@ -245,9 +286,10 @@ def bench(options: argparse.Namespace, folder: Path) -> int:
     device = resolve_device(local_ranks()[0])
     ranks = join(device, timeout_minutes=5)
     engine = build(shape, device, options.precision, ranks)
-    keeper = Keeper(CheckpointConfig(dir=str(folder / "checkpoints"), keep=0), StorageConfig(), "bench", ranks)
-    measured = Bench(engine, keeper, folder, ranks, device)
+    keeper = Keeper(CheckpointConfig(dir=str(folder / "checkpoints"), keep=0), StorageConfig(), RUN, ranks)
+    measured = Bench(engine, shape, keeper, folder, ranks, device)
     measured.round()  # buffers are made, files' blocks are found
+    measured.slower_step_ms.clear()
     console = Console(stderr=True)
     rounds = [measured.round() for _ in track(range(options.rounds), "rounds", console=console, transient=True)]
     keeper.close()
@@ -261,6 +303,8 @@ def bench(options: argparse.Namespace, folder: Path) -> int:
     columns = ("side", "stall ms", "total ms", "bytes per parameter")
     console = Console(stderr=options.json, highlight=False)
     print_table(columns, rows, console, right=columns[1:], title=f"{shape.n_parameters:,} parameters")
+    slower = statistics.median(measured.slower_step_ms)
+    console.print(f"ours beside a step: save and step take {slower:,.1f} ms more than the step alone")
     console.print()
     details = {
         "parameters": shape.n_parameters,
@@ -269,6 +313,7 @@ def bench(options: argparse.Namespace, folder: Path) -> int:
         "sides": {
             side: {**cost, "bytes_per_parameter": round(per_parameter[side], 3)} for side, cost in figures.items()
         },
+        "slower_step_ms": round(statistics.median(measured.slower_step_ms), 2),
         "each_round": [{side: [round(c.stall_ms, 2), round(c.total_ms, 2)] for side, c in r.items()} for r in rounds],
     }
     checks = checks_of(rounds, per_parameter[OURS])

@@ -40,7 +40,7 @@ from pretrain.config import DataConfig, StorageConfig
 from pretrain.credentials import EMULATOR_VARIABLE, connect
 from pretrain.errors import StorageError, TrainerError
 from pretrain.files import sync
-from pretrain.shards import Shard, fetch_shards
+from pretrain.shards import Shard, ShardSet, fetch_shards, open_shards
 from pretrain.storage import LocalStore, open_store
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,9 +86,9 @@ def bare_loop(shards: Sequence[Shard], n_steps: int) -> Callable[[], None]:
     return turn
 
 
-def our_loop(shards: Sequence[Shard], n_steps: int) -> Callable[[], None]:
-    """The same number of windows in the seeded order of a run, each turn further on."""
-    batches = Batches(shards, seq_len=SEQ_LEN, global_size=GLOBAL_SIZE, seed=SEED)
+def our_loop(found: ShardSet, n_steps: int) -> Callable[[], None]:
+    """The same number of windows in the seeded order of a run, each turn further on, by its feed."""
+    batches = Batches(found.shards, seq_len=SEQ_LEN, global_size=GLOBAL_SIZE, seed=SEED, feed=found.feed)
     position = Position()
 
     def turn() -> None:
@@ -103,8 +103,9 @@ def bench_batches(options: argparse.Namespace, folder: Path) -> tuple[list[Check
     """The rate of batches, and what it is to a bare loop's."""
     store = make_shards(folder / "batches", SHARDS, options.tokens)
     shards = fetch_shards(store, data_config(folder), vocab_size=VOCAB_SIZE).shards
+    found = open_shards(store, data_config(folder), vocab_size=VOCAB_SIZE)
     tokens = STEPS * GLOBAL_SIZE * SEQ_LEN
-    ours, bare = our_loop(shards, STEPS), bare_loop(shards, STEPS)
+    ours, bare = our_loop(found, STEPS), bare_loop(shards, STEPS)
     seconds = take_turns("batches", (ours, bare), options.rounds)
     rate = tokens / statistics.median(seconds[0])
     checks = [
@@ -158,9 +159,9 @@ def open_epoch(folder: Path) -> None:
     """In the new process: open what `bench_open` has put there, and print how long it took."""
     before_mb = psutil.Process().memory_info().rss / 1e6
     started = time.perf_counter()
-    shards = fetch_shards(LocalStore(folder / "epoch"), data_config(folder), vocab_size=VOCAB_SIZE).shards
-    size = min(GLOBAL_SIZE, len(shards) // 2)
-    Batches(shards, seq_len=SEQ_LEN, global_size=size, seed=SEED).take(Position(), 0, 1)
+    found = open_shards(LocalStore(folder / "epoch"), data_config(folder), vocab_size=VOCAB_SIZE)
+    size = min(GLOBAL_SIZE, len(found.shards) // 2)
+    Batches(found.shards, seq_len=SEQ_LEN, global_size=size, seed=SEED, feed=found.feed).take(Position(), 0, 1)
     seconds = time.perf_counter() - started
     rss_mb = psutil.Process().memory_info().rss / 1e6
     print(json.dumps({"seconds": seconds, "rss_mb": rss_mb, "before_mb": before_mb}))

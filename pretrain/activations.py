@@ -37,11 +37,13 @@ class Activations:
         model: a resolved ModelConfig.
         c: bytes of a number in compute precision.
         micro_size: B.
+        document_mask: whether documents are kept apart.
     """
 
     model: ModelConfig
     c: int
     micro_size: int
+    document_mask: bool = False
 
     @property
     def tokens(self) -> int:
@@ -77,8 +79,12 @@ class Activations:
         attention = 2 * queries + 2 * keys
         if model.qk_norm or model.position == "rope":
             attention += queries + keys
+        if self._masks_scores and keys < queries:  # each head gets keys and values of its own
+            attention += 2 * queries
+            if model.position == "rope":  # q, k and v as they were are needed by QK-norm alone
+                attention -= keys + (0 if model.qk_norm else queries + 2 * keys)
         saved = self.c * self.tokens * (norms + attention + FEED_FORWARD_SAVED[model.activation] * model.d_ff)
-        saved += FP32_BYTES * self.tokens * self._remembered_by_norms + self._rotations
+        saved += FP32_BYTES * self.tokens * self._remembered_by_norms
         if model.dropout:
             saved += 2 * self.tokens * model.d_model
         return saved + (self._row_sums if model.attention != "plain" else self.saved_scores)
@@ -90,11 +96,22 @@ class Activations:
         return 2 * each + (self.model.n_head + self.model.n_kv_head if self.model.qk_norm else 0)
 
     @property
-    def _rotations(self) -> int:
-        """Bytes of RoPE's cosines and sines, rounded for the queries and for the keys of each block; fp32 is shared."""
-        if self.model.position != "rope" or self.c == FP32_BYTES:
-            return 0
-        return 4 * self.c * self.model.seq_len * self.model.rotary_dim
+    def _masks_scores(self) -> bool:
+        """Whether documents are kept apart by a mask as large as the scores, which flash and flex attention don't need.
+
+        Which kernel `auto` takes is known on the machine alone: the mask is counted.
+        """
+        return self.document_mask and self.model.attention in ("auto", "sdpa")
+
+    @property
+    def _places(self) -> int:
+        """Bytes that all blocks share: RoPE's cosines and sines, and the document mask."""
+        model, rows = self.model, self.micro_size if self.document_mask else 1
+        turned = 2 * self.c * rows * model.seq_len * model.rotary_dim if model.position == "rope" else 0
+        mask = self.c * self.tokens * model.seq_len if self._masks_scores else 0
+        if self.document_mask and model.attention == "plain":
+            mask = self.tokens * model.seq_len
+        return turned + mask
 
     @property
     def kept_of_block(self) -> int:
@@ -112,7 +129,7 @@ class Activations:
     @property
     def kept_of_ends(self) -> int:
         """Bytes kept before the first block and behind the last: tokens, targets, masks, inputs of norm and head."""
-        kept = 2 * self.stream + 2 * TOKEN_BYTES * self.tokens
+        kept = 2 * self.stream + 2 * TOKEN_BYTES * self.tokens + self._places
         return kept + (self.tokens * self.model.d_model if self.model.dropout else 0)
 
     @property
@@ -147,7 +164,8 @@ class Activations:
         multiplied = (
             self.c if self.c != FP32_BYTES or dropout else 0
         )  # the softmax where nothing was rounded or dropped
-        return self._scores * (FP32_BYTES + multiplied + dropout) + self.model.seq_len**2
+        mask = 0 if self.document_mask else self.model.seq_len**2  # of documents all blocks share one
+        return self._scores * (FP32_BYTES + multiplied + dropout) + mask
 
     @property
     def loss(self) -> int:

@@ -14,7 +14,13 @@ from pretrain.errors import ConfigError, ShardError
 from pretrain.ranks import Ranks
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
-OWN_TO_A_NODE = ("data.cache_dir", "checkpoint.dir", "log.dir")  # each node may have its own disks
+OWN_TO_A_NODE = (
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.tokenizer_num_workers",
+    "checkpoint.dir",
+    "log.dir",
+)  # each node may have its own disks
 SHOWN = 3
 
 

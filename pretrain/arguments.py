@@ -47,6 +47,8 @@ ALIASES: dict[str, str] = {
     "--checkpoints": "checkpoint.url",
     "--resume": "checkpoint.resume",
     "--lr": "optim.lr",
+    "--profile": "log.profile",
+    "--price_per_gpu_hour": "train.price_per_gpu_hour",
 }
 SWITCHES: dict[str, tuple[str, Any]] = {
     "--no-background-upload": ("checkpoint.background_upload", False),
@@ -54,13 +56,16 @@ SWITCHES: dict[str, tuple[str, Any]] = {
     "--no-tensorboard": ("log.tensorboard", False),
     "--wandb": ("log.wandb", True),
     "--no-wandb": ("log.wandb", False),
+    "--no-telemetry": ("log.telemetry", False),
     "--deterministic": ("train.deterministic", True),
     "--compile": ("train.compile", True),
 }
-SYNONYMS: dict[str, dict[str, str]] = {
+AUTO = "auto"
+SYNONYMS: dict[str, dict[str, Any]] = {
     # field: {what people write: what it is called here}
     "train.precision": {"no": "fp32", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"},
     "model.activation_checkpointing": {"true": "full", "false": "none"},
+    "batch.micro_size": {AUTO: 0},
 }
 
 
@@ -126,6 +131,9 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     known = _flatten(dataclasses.asdict(Config()))
     from_cli, options, problems = _read_argv(argv, known)
     config_name, from_yaml, yaml_problems = _read_yaml(options.get("config", DEFAULT_CONFIG), known)
+    for here, other in (("data.source", "data.sources"), ("data.sources", "data.source")):
+        if here in from_cli and other not in from_cli:  # the command line's data replaces the file's
+            from_yaml.pop(other, None)
     settings = {**from_yaml, **from_cli}
     for field, names in SYNONYMS.items():
         if (written := str(settings.get(field)).lower()) in names:
@@ -145,16 +153,23 @@ def parse(argv: list[str], world_size: int = 1) -> Invocation:
     )
     problems = validate(config, world_size) + engine_problems(config.engine, world_size)
     if not problems and config.engine.name == "deepspeed":
-        _, problems = deepspeed_settings(config.engine, config.optim, config.batch, config.train.precision, world_size)
+        batch = config.batch.settled
+        _, problems = deepspeed_settings(config.engine, config.optim, batch, config.train.precision, world_size)
     if problems:
         raise ConfigError(problems)
     return Invocation(config, config_name, "debug" in options, "print_config" in options, "force" in options)
 
 
+def gives_sources(argv: Sequence[str]) -> bool:
+    """Whether a command line names a mixture, so that a script must not fill in another source."""
+    return any(word.partition("=")[0] == "--data.sources" for word in argv)
+
+
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML that `--config` reads back to the same tree."""
     plain = dataclasses.asdict(config)
-    plain["optim"]["betas"] = list(plain["optim"]["betas"])
+    plain["optim"]["betas"], plain["data"]["sources"] = list(plain["optim"]["betas"]), list(plain["data"]["sources"])
+    plain["batch"]["micro_size"] = plain["batch"]["micro_size"] or AUTO
     return yaml.safe_dump(plain, sort_keys=False)
 
 
@@ -264,6 +279,8 @@ def _value_problem(parser: jsonargparse.ArgumentParser, key: str, value: Any) ->
         parser.parse_object(_nest({key: value}))
     except jsonargparse.ArgumentError as error:
         expected = str(error).split("Expected a ")[-1].split(". Got")[0]
+        if key == "data.sources":
+            expected = f"[{{source: gs://b/web, weight: 0.7}}, …]: {expected.splitlines()[-1].strip()}"
         expected = expected.replace("<class '", "").replace("'>", "").replace("typing.Literal", "one of ")
         return f"{key} is {value!r}, expected {expected}"
     return ""

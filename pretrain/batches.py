@@ -8,15 +8,15 @@ A resume needs three integers and reads nothing again.
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from pretrain.errors import ShardError
+from pretrain.read_ahead import ReadAhead
+from pretrain.shard_feed import ShardFeed
 from pretrain.shards import Shard
 
 MAX_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and a process often has 1024
@@ -42,13 +42,23 @@ class Batches:
         global_size: windows in one optimizer step, over all ranks.
         seed: of the order of shards and windows.
         shuffle_shards: consecutive shards whose windows are shuffled together.
+        feed: brings the shards, where they are not here yet: it is told which ones come next.
+        prefetch_shards: shards that it fetches ahead of those which are read.
 
     Raises:
         ShardError: the shards hold fewer windows than one step takes.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], *, seq_len: int, global_size: int, seed: int, shuffle_shards: int = 1
+        self,
+        shards: Sequence[Shard],
+        *,
+        seq_len: int,
+        global_size: int,
+        seed: int,
+        shuffle_shards: int = 1,
+        feed: ShardFeed | None = None,
+        prefetch_shards: int = 0,
     ) -> None:
         self.shards = tuple(shards)
         self.seq_len = seq_len
@@ -64,11 +74,29 @@ class Batches:
                 f"Give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
             )
         self._epoch_cache: _Epoch | None = None
-        self._reader = _Reader(self.shards)
+        self.feeds: tuple[ShardFeed, ...] = () if feed is None else (feed,)
+        self._prefetch_shards = prefetch_shards
+        self._wanted = (-1, -1)  # (epoch, group of shards) that the feed was told of
+        self._reader = _Reader(self.shards, keep_open=feed is None)
 
     def files_processed(self, position: Position) -> int:
         """Shards taken to the end since the run began."""
         return position.epoch * len(self.shards) + position.shard
+
+    def windows_before(self, position: Position) -> int:
+        """Windows taken since the run began. Raises ValueError where this data doesn't have the position."""
+        return position.epoch * self.windows_per_epoch + self._epoch(position.epoch).taken(position)
+
+    def position_after(self, windows: int) -> Position:
+        """The reverse of `windows_before`; it names the shard whose windows come next."""
+        epoch, taken = divmod(windows, self.windows_per_epoch)
+        return self._epoch(epoch).position(taken)
+
+    def origins(self, position: Position) -> list[tuple[str, Batches, int]]:
+        """Of each window of the step at `position`: its source's name ('' where there is one only), that source, and
+        how many windows of it were taken before."""
+        first = self.windows_before(position)
+        return [("", self, first + row) for row in range(self.global_size)]
 
     def shards_between(self, begin: Position, end: Position) -> list[str]:
         """Names of the shards that the windows from one position up to another begin in, in the order they come."""
@@ -96,60 +124,54 @@ class Batches:
         """
         if self.global_size % world_size or not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size} can't split a global batch of {self.global_size}")
-        count = self.global_size // world_size
+        count, first = self.global_size // world_size, self.windows_before(position)
+        return self.read(first + rank * count, count), self.position_after(first + self.global_size)
+
+    def read(self, first: int, count: int) -> np.ndarray:
+        """The `count` windows taken after `first` others since the run began: (count, seq_len + 1) int64."""
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + rank * count
-        row = 0
+        number, taken = divmod(first, self.windows_per_epoch)
+        epoch, row = self._epoch(number), 0
         while row < count:
             if taken >= self.windows_per_epoch:
-                # A step may cross the end of an epoch: it goes on with the next one's first windows.
+                # They may cross the end of an epoch: it goes on with the next one's first windows.
                 epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
             begins = epoch.windows(taken, count - row) * self.seq_len
+            self._tell_feed(epoch, taken)
             self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
             row, taken = row + len(begins), taken + len(begins)
-        return batch, self._advance(position)
+        return batch
 
-    def stream(
-        self, position: Position, rank: int, world_size: int, prefetch: int = 4
-    ) -> Generator[tuple[np.ndarray, Position], None, None]:
+    def stream(self, position: Position, rank: int, world_size: int, prefetch: int = 4) -> ReadAhead[Position]:
         """`take` for ever, read up to `prefetch` steps ahead by a background thread.
 
-        The thread ends when the generator is closed; what it raises is raised here.
+        The thread ends when the stream is closed, and what feeds it too; what it raises is raised here.
         """
-        ready: queue.SimpleQueue[tuple[np.ndarray, Position] | Exception] = queue.SimpleQueue()
-        room = threading.Semaphore(max(prefetch, 1))
-        closed = threading.Event()
 
-        def read_ahead(position: Position) -> None:
-            try:
-                while room.acquire() and not closed.is_set():
-                    batch, position = self.take(position, rank, world_size)
-                    ready.put((batch, position))
-            except Exception as error:  # noqa: BLE001 - raised again where the batches are consumed
-                ready.put(error)
+        def interrupt() -> None:
+            for feed in self.feeds:
+                feed.close()
 
-        reader = threading.Thread(target=read_ahead, args=(position,), name="read-ahead", daemon=True)
-        reader.start()
-        try:
-            while True:
-                item = ready.get()
-                if isinstance(item, Exception):
-                    raise item
-                room.release()
-                yield item
-        finally:
-            closed.set()
-            room.release()
-            reader.join()
+        return ReadAhead(lambda at: self.take(at, rank, world_size), position, prefetch, interrupt)
 
-    def _advance(self, position: Position) -> Position:
-        """The position one step later; it names the shard whose windows come next."""
-        epoch = self._epoch(position.epoch)
-        taken = epoch.taken(position) + self.global_size
-        if taken >= self.windows_per_epoch:
-            epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
-        return epoch.position(taken)
+    @property
+    def arrived(self) -> int:
+        """Grows as long as data arrives."""
+        return sum(feed.arrived for feed in self.feeds)
+
+    def _tell_feed(self, epoch: _Epoch, taken: int) -> None:
+        """Have the shards fetched that the windows after `taken` others are read from, and those that come then."""
+        group = epoch.group(taken)
+        if not self.feeds or self._wanted == (epoch.number, group):
+            return
+        self._wanted = (epoch.number, group)
+        first, end = group * self.shuffle_shards, min((group + 1) * self.shuffle_shards, len(epoch.order))
+        # The last windows of a group go on in the shards behind it.
+        stop = int(np.searchsorted(epoch.starts[:-1], epoch.starts[end] + self.seq_len, side="left"))
+        ahead = epoch.order[stop : stop + self._prefetch_shards]
+        if (lacking := self._prefetch_shards - len(ahead)) > 0:
+            ahead = np.concatenate([ahead, _shuffled(len(epoch.order), self.seed, epoch.number + 1, 0)[:lacking]])
+        self.feeds[0].want(epoch.order[first:stop].tolist(), ahead.tolist())
 
     def _epoch(self, number: int) -> _Epoch:
         # One is kept: the read-ahead thread and a caller may both replace it, and either result is right.
@@ -191,10 +213,13 @@ class _Epoch:
         """Index in the stream of the window taken after `taken` others."""
         return int(self.windows(taken, 1)[0])
 
+    def group(self, taken: int) -> int:
+        """The group of shards that the window taken after `taken` others begins in."""
+        return (int(np.searchsorted(self.bounds, taken, side="right")) - 1) // self._group_size
+
     def windows(self, taken: int, count: int) -> np.ndarray:
         """Indexes of the windows taken after `taken` others (n,) int64: `count` of them, or up to their group's end."""
-        shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
-        group = shard // self._group_size
+        group = self.group(taken)
         current, first, shuffled = self._group
         if current != group:
             first = int(self.bounds[group * self._group_size])
@@ -207,8 +232,12 @@ class _Epoch:
 class _Reader:
     """Tokens of a stream of shards, one after the other, out of the memory-mapped files."""
 
-    def __init__(self, shards: tuple[Shard, ...]) -> None:
-        self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(lambda index: shards[index].tokens())
+    def __init__(self, shards: tuple[Shard, ...], keep_open: bool = True) -> None:
+        def tokens(index: int) -> np.ndarray:
+            return shards[index].tokens()
+
+        # A feed keeps them open itself: a map that outlives its turn would keep its place on the disk.
+        self._tokens = lru_cache(maxsize=MAX_OPEN_SHARDS)(tokens) if keep_open else tokens
 
     def read_rows(self, order: np.ndarray, starts: np.ndarray, begins: np.ndarray, out: np.ndarray) -> None:
         """Fill each row of `out` (rows, n) with the n tokens of the stream from its own of `begins` (rows,).

@@ -1,4 +1,4 @@
-"""One checkpoint as a folder: take a snapshot, write it, verify it, read it back.
+"""One checkpoint as a folder: write a snapshot, verify it, read it back.
 
     model-0000k-of-N.safetensors + index   fp32 master weights, canonical names, full shapes
     optimizer-0000k-of-N.safetensors       exp_avg/NAME, exp_avg_sq/NAME
@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import safetensors
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -27,91 +25,9 @@ from pretrain.checkpoint_manifest import MANIFEST_FILE, FileEntry, Manifest
 from pretrain.engine.base import ADAM_MOMENTS, ParameterState
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.files import crc32c_of_bytes, crc32c_of_file, new_file, sync
+from pretrain.snapshot import Snapshot, part_name
 
 INDEX_FILE = "model.safetensors.index.json"
-
-
-def part_name(kind: str, rank: int, world_size: int) -> str:
-    """File of one rank's share: kind is "model" or "optimizer"."""
-    return f"{kind}-{rank + 1:05d}-of-{world_size:05d}.safetensors"
-
-
-@dataclass
-class Snapshot:
-    """One rank's share of the tensors, copied to host memory, and who has which weight.
-
-    Args:
-        weights: fp32 by canonical name.
-        moments: fp32 by "exp_avg/NAME" and "exp_avg_sq/NAME".
-        weight_map: canonical name -> file, of all ranks.
-        total_bytes: of all weights, for the index.
-    """
-
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    moments: dict[str, Tensor] = field(default_factory=dict)
-    weight_map: dict[str, str] = field(default_factory=dict)
-    total_bytes: int = 0
-
-    def index(self) -> str:
-        """model.safetensors.index.json, in the form that transformers and others read."""
-        tree = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
-        return json.dumps(tree, indent=1) + "\n"
-
-
-class HostBuffers:
-    """Host memory that snapshots are copied to, kept from one save to the next: fp32, by tensor name.
-
-    Its pages are there after the first save, and beside a GPU they are pinned, so that copies run at the full speed of
-    the bus and beside one another.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._streams: set[torch.device] = set()
-
-    def copy(self, key: str, tensor: Tensor) -> Tensor:
-        """A copy of any tensor, whole after `synchronize`; the next copy of that name overwrites it."""
-        source = tensor.detach()
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != source.shape:
-            buffer = torch.empty(source.shape, dtype=torch.float32, pin_memory=source.is_cuda)
-            self._buffers[key] = buffer
-        buffer.copy_(source, non_blocking=True)
-        if source.is_cuda:
-            self._streams.add(source.device)
-        return buffer
-
-    def synchronize(self) -> None:
-        """Wait for the copies from GPUs."""
-        for device in self._streams:
-            torch.cuda.current_stream(device).synchronize()
-
-
-def take_snapshot(
-    states: Iterable[tuple[str, ParameterState]], rank: int, world_size: int, buffers: HostBuffers | None = None
-) -> Snapshot:
-    """Copy this rank's share of the parameters to host memory: all that a save makes the training wait for.
-
-    Each parameter goes to the rank with the fewest bytes so far, so every rank knows who writes what without asking.
-
-    Args:
-        buffers: what an earlier snapshot was copied to, which is overwritten.
-    """
-    buffers = buffers or HostBuffers()
-    snapshot = Snapshot()
-    load = [0] * world_size
-    for name, state in states:
-        owner = load.index(min(load))
-        size = state["weight"].numel() * state["weight"].element_size()
-        load[owner] += size
-        snapshot.total_bytes += size
-        snapshot.weight_map[name] = part_name("model", owner, world_size)
-        if owner == rank:
-            snapshot.weights[name] = buffers.copy(name, state["weight"])
-            for moment in ADAM_MOMENTS:
-                snapshot.moments[f"{moment}/{name}"] = buffers.copy(f"{moment}/{name}", state[moment])
-    buffers.synchronize()
-    return snapshot
 
 
 def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) -> dict[str, FileEntry]:

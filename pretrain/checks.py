@@ -49,14 +49,30 @@ class Check:
         return {**asdict(self), "passed": self.passed}
 
 
-def device_title() -> str:
-    """The machine that the checks ran on, as it names a folder of results: "cpu-2core", "nvidia-h100"."""
-    import torch
+def device_title(gpu: str | None = None) -> str:
+    """The machine that the checks ran on, as it names a folder of results: "cpu-2core", "nvidia-h100".
 
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name(0).lower().removeprefix("nvidia ")
-        return f"nvidia-{re.split(r'[^a-z0-9]+', name)[0]}"
+    Args:
+        gpu: the driver's name of its GPU, '' where it has none; None: torch is asked.
+    """
+    if gpu is None:
+        import torch
+
+        gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else ""
+    if gpu:
+        return f"nvidia-{re.split(r'[^a-z0-9]+', gpu.lower().removeprefix('nvidia '))[0]}"
     return f"cpu-{len(psutil.Process().cpu_affinity())}core"
+
+
+def result(name: str, device: str, checks: list[dict[str, Any]], passed: bool) -> dict[str, Any]:
+    """The object that every benchmark and tool prints with --json."""
+    return {
+        "name": name,
+        "device": device,
+        "platform": platform.platform(terse=True),
+        "checks": checks,
+        "passed": passed,
+    }
 
 
 def publish(
@@ -71,14 +87,8 @@ def publish(
         details: what else belongs into the object: settings, rows of a table.
     """
     passed = all(check.passed for check in checks)
-    tree = {
-        "name": name,
-        "device": device_title(),
-        "platform": platform.platform(terse=True),
-        "checks": [check.to_json() for check in checks],
-        "passed": passed,
-        **(details or {}),
-    }
+    found = [check.to_json() for check in checks]
+    tree = {**result(name, device_title(), found, passed), **(details or {})}
     if as_json:
         print(json.dumps(tree, indent=1))
     else:

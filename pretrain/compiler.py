@@ -17,7 +17,7 @@ def compile_model(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     The compiler is tried on a small function first: without a C++ compiler (CPU) or Triton (GPU) it would fail in the
     middle of the first step.
     """
-    problem = _problem(device)
+    problem = compiler_problem(device)
     if not ranks.any(bool(problem)):
         model.compile()
         logger.info("the model is compiled at its first step, which takes longer")
@@ -26,16 +26,18 @@ def compile_model(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
         logger.warning("train.compile: torch.compile can't work here (%s): going on without it", reason)
 
 
-def _problem(device: torch.device) -> str:
-    """Why the compiler doesn't work on the device, or ''."""
+def compiler_problem(device: torch.device) -> str:
+    """Why the compiler doesn't work on the device, or ''; a small function and its gradient are held against eager."""
 
-    @torch.compile(fullgraph=True)
     def probe(x: torch.Tensor) -> torch.Tensor:
         return (x * 2).sin().sum()
 
+    x = torch.linspace(-1, 1, 8, device=device, requires_grad=True)
     try:
-        probe(torch.ones(8, device=device, requires_grad=True)).backward()
+        y = torch.compile(probe, fullgraph=True)(x)
+        (gradient,) = torch.autograd.grad(y, x)
     except (RuntimeError, ImportError, OSError) as error:  # the compiler's own errors are RuntimeErrors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[0] if lines else type(error).__name__
-    return ""
+    right = torch.allclose(y, probe(x), atol=1e-4) and torch.allclose(gradient, 2 * (2 * x).cos(), atol=1e-4)
+    return "" if right else "it runs, but its results are wrong"

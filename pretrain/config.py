@@ -6,8 +6,9 @@ its own section, never the whole tree. How the command line and YAML become this
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pretrain.model_config import ModelConfig
@@ -24,17 +25,37 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """One source of a mixture."""
+
+    source: str
+    """Where its shards are, as `data.source`."""
+    weight: float
+    """Its part of the tokens, in proportion to the others'."""
+    name: str = ""
+    """What metrics call it; empty: the last part of `source`."""
+
+    @property
+    def title(self) -> str:
+        """Its name, given or not."""
+        return self.name or self.source.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where the tokens come from and in which order."""
 
     source: str = ""
-    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…"""
+    """Where the training shards are: gs://bucket/prefix, a folder, or another url that fsspec reads, such as s3://…;
+    with `tokenizer` raw text: a file, a folder or a glob, also gs:// and hf://datasets/…"""
+    sources: tuple[SourceConfig, ...] = ()
+    """Instead of `source`, a mixture: [{source: gs://b/web, weight: 0.7}, {source: gs://b/code, weight: 0.3}]"""
     pattern: str = "*.npz"
     """Which files under `source` are shards; matched against the file's name, in nested folders too."""
     val_source: str = ""
     """Where the validation shards are; empty: no validation."""
     max_files: int = 0
-    """Use only the first so many shards by name; 0: all."""
+    """Use only the first so many shards of a source by name; 0: all."""
     cache_dir: str = "cache"
     """Folder of the verified, memory-mapped copies of the shards."""
     pad_token_id: int = -1
@@ -43,8 +64,23 @@ class DataConfig:
     """What a damaged shard does: stop the run, or be left out, counted and named in the summary."""
     shuffle_shards: int = 1
     """Windows are shuffled inside groups of so many shards."""
+    tokenizer: str = ""
+    """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. `source` and `val_source` are then raw text,
+    and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
+    tokenizer_num_workers: int = 4
+    """Processes of a node that prepare raw text."""
+    text_key: str = "text"
+    """Key or column of the text in raw text."""
     download_workers: int = 8
     """Parallel downloads per node."""
+    prefetch_shards: int = 4
+    """Shards that are fetched ahead of those which are trained on, in the order of their turn."""
+    cache_gb: float = 0.0
+    """Bound on a node's `cache_dir`, in GB (10^9 bytes): the least recently used shards make room; 0: no bound."""
+    document_mask: bool = False
+    """Attention never crosses a document, and positions restart with each."""
+    eot_token_id: int = -1
+    """Token id that ends a document, for `document_mask`; -1: the data's manifest.json tells it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +90,17 @@ class BatchConfig:
     global_size: int = 128
     """Sequences in one optimizer step, over all ranks."""
     micro_size: int = 8
-    """Sequences in one forward pass of one rank."""
+    """Sequences in one forward pass of one rank; auto (or 0): the largest that fits, found at start."""
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the micro batch is still to be chosen."""
+        return self.micro_size == 0
+
+    @property
+    def settled(self) -> BatchConfig:
+        """The same; where the micro batch is still to be chosen, with the least that it can be."""
+        return replace(self, micro_size=1) if self.is_auto else self
 
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of each rank in one optimizer step."""
@@ -119,6 +165,13 @@ class TrainConfig:
     supervisor to start again; longer than the slowest step with its validation and its save. 0: it waits for ever."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
+    budget_hours: float = 0.0
+    """Hours that the run may take over all its starts; then it saves and ends (exit 0). 0: no limit."""
+    budget_usd: float = 0.0
+    """What the run may cost over all its starts at `price_per_gpu_hour`; then it saves and ends (exit 0). 0: no
+    limit."""
+    price_per_gpu_hour: float = 0.0
+    """What one GPU costs for an hour, each rank counting as one; 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -203,8 +256,31 @@ class LogConfig:
     """Tokens of a sample."""
     wandb_project: str = "refocused-gpt"
     """Project on Weights & Biases."""
+    telemetry: bool = True
+    """Measure phases, memory and power all the time: see docs/telemetry.md. It takes less than 1 % of a step."""
+    profile: str = ""
+    """START:STOP: steps, both included, that rank 0 traces with torch.profiler into the log folder; empty: none."""
     version_check: bool = True
     """Compare installed packages with requirements.txt at start and refuse to run on others."""
+
+
+MOST_PROFILED = 100  # a trace of more steps is too big to be opened
+
+
+def profile_steps(text: str) -> range:
+    """The steps, counted from 1, that `log.profile` names; an empty range for an empty text.
+
+    Raises:
+        ValueError: it is not START:STOP.
+    """
+    if not text:
+        return range(0)
+    start, separator, stop = text.partition(":")
+    if not (separator and start.isdecimal() and stop.isdecimal() and 1 <= int(start) <= int(stop)):
+        raise ValueError(f"log.profile is {text!r}, expected START:STOP, say 10:12 for the steps 10, 11 and 12")
+    if int(stop) - int(start) >= MOST_PROFILED:
+        raise ValueError(f"log.profile {text} is more than {MOST_PROFILED} steps: a trace of them is too big to open")
+    return range(int(start), int(stop) + 1)
 
 
 @dataclass(frozen=True)
@@ -226,6 +302,12 @@ class Config:
     def tokens_per_step(self) -> int:
         """Target tokens in one optimizer step, over all ranks."""
         return self.batch.global_size * self.model.seq_len
+
+    def with_document_end(self, token_id: int | None) -> Config:
+        """The same with `data.eot_token_id` as the data's manifest told it; None: nobody needs it."""
+        if token_id is None:
+            return self
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, eot_token_id=token_id))
 
     def total_steps(self, windows_per_epoch: int) -> int:
         """Optimizer steps of the whole run.

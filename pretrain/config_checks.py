@@ -2,16 +2,107 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 
-from pretrain.config import BatchConfig, CheckpointConfig, Config
-from pretrain.model_config import model_problems
+from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, LogConfig, TrainConfig, profile_steps
+from pretrain.model_config import ModelConfig, model_problems
+
+NO_SOURCE = "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards, or data.sources"
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """Every problem of a resolved config on `world_size` ranks that can be known without torch, a GPU or a bucket."""
-    problems = [*model_problems(config.model), *_batch_problems(config.batch, world_size), *_range_problems(config)]
+    problems = [
+        *model_problems(config.model),
+        *_batch_problems(config.batch.settled, world_size),
+        *_range_problems(config),
+    ]
+    problems += _source_problems(config.data, config.train) + _data_problems(config.data)
+    problems += _mask_problems(config.data, config.model, config.train)
+    problems += _budget_problems(config.train) + _profile_problems(config.log)
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
+
+
+def _budget_problems(train: TrainConfig) -> list[str]:
+    amounts = ("budget_hours", "budget_usd", "price_per_gpu_hour")
+    problems = [
+        f"train.{name} is {value:g}, expected a positive number, or 0 for none"
+        for name in amounts
+        if (value := getattr(train, name)) < 0
+    ]
+    if train.budget_usd > 0 and train.price_per_gpu_hour == 0:
+        what = "train.budget_usd is set and train.price_per_gpu_hour is not"
+        problems.append(f"{what}: give --price_per_gpu_hour, what a GPU costs for an hour")
+    return problems
+
+
+def _profile_problems(log: LogConfig) -> list[str]:
+    try:
+        steps = profile_steps(log.profile)
+    except ValueError as error:
+        return [str(error)]
+    return ["log.profile needs log.telemetry"] if steps and not log.telemetry else []
+
+
+def _source_problems(data: DataConfig, train: TrainConfig) -> list[str]:
+    if not data.sources:
+        return [] if data.source else [NO_SOURCE]
+    names = [each.title for each in data.sources]
+    rules = [
+        (data.source, f"data.source {data.source} and data.sources exclude each other: leave out one"),
+        (len(names) < 2, "data.sources has one source, which is no mixture: give it as data.source"),
+        (
+            not (train.max_steps or train.max_tokens),
+            "train.epochs means nothing for data.sources, whose sources end at different times: give train.max_tokens "
+            "or train.max_steps",
+        ),
+        *((not each.source, f"data.sources: one of weight {each.weight} has no source") for each in data.sources),
+        *(
+            (not 0 < each.weight < math.inf, f"data.sources: {each.title} has weight {each.weight}, expected above 0")
+            for each in data.sources
+        ),
+        *(
+            (names.count(name) > 1, f"data.sources: {names.count(name)} are called {name!r}: give each a name")
+            for name in sorted(set(names))
+        ),
+        *(
+            (
+                each.source and not re.fullmatch(r"[\w.-]+", each.title),
+                f"data.sources: {each.source} can't be called {each.title!r}: give it a name of letters, digits, _, . "
+                "and -",
+            )
+            for each in data.sources
+        ),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
+def _mask_problems(data: DataConfig, model: ModelConfig, train: TrainConfig) -> list[str]:
+    rules = [
+        (
+            data.eot_token_id >= model.vocab_size or data.eot_token_id < -1,
+            f"data.eot_token_id {data.eot_token_id} must be below model.vocab_size {model.vocab_size}, or -1",
+        ),
+        (
+            data.eot_token_id >= 0 and not data.document_mask,
+            f"data.eot_token_id {data.eot_token_id} means nothing without --data.document_mask true",
+        ),
+        (
+            model.attention == "flex" and not data.document_mask,
+            "model.attention flex is for --data.document_mask true: take auto, flash or sdpa",
+        ),
+        (
+            model.attention == "flex" and model.dropout > 0,
+            f"model.attention flex knows no dropout: set model.dropout {model.dropout} to 0, or take auto or sdpa",
+        ),
+        (
+            model.attention == "flash" and data.document_mask and train.compile,
+            "model.attention flash keeps documents apart in eager mode only: leave out train.compile, or take auto",
+        ),
+    ]
+    return [problem for broken, problem in rules if broken]
 
 
 def _same_place_problems(checkpoint: CheckpointConfig) -> list[str]:
@@ -50,14 +141,25 @@ def _batch_problems(batch: BatchConfig, world_size: int) -> list[str]:
     return []
 
 
+def _data_problems(data: DataConfig) -> list[str]:
+    rules = [
+        (data.max_files < 0, f"data.max_files {data.max_files} must not be negative"),
+        (data.shuffle_shards < 1, f"data.shuffle_shards {data.shuffle_shards} must be at least 1"),
+        (data.download_workers < 1, f"data.download_workers {data.download_workers} must be at least 1"),
+        (data.prefetch_shards < 0, f"data.prefetch_shards {data.prefetch_shards} must not be negative"),
+        (
+            data.tokenizer_num_workers < 1,
+            f"data.tokenizer_num_workers {data.tokenizer_num_workers} must be at least 1",
+        ),
+        (data.cache_gb < 0, f"data.cache_gb {data.cache_gb} must not be negative"),
+    ]
+    return [problem for broken, problem in rules if broken]
+
+
 def _range_problems(config: Config) -> list[str]:
     """Fields outside the range in which they mean something."""
     c = config
     rules = [
-        (not c.data.source, "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards"),
-        (c.data.max_files < 0, f"data.max_files {c.data.max_files} must not be negative"),
-        (c.data.shuffle_shards < 1, f"data.shuffle_shards {c.data.shuffle_shards} must be at least 1"),
-        (c.data.download_workers < 1, f"data.download_workers {c.data.download_workers} must be at least 1"),
         (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
         (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
         (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),

@@ -191,12 +191,33 @@ _SUMMARY_ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("unigram_entropy", "unigram entropy", "{:.4f}".format),
     ("tokens_per_second", "tokens/s", "{:,.0f}".format),
     ("mfu", "MFU", _percent),
+    ("mfu_causal", "MFU, causal", _percent),
     ("checkpoints_committed", "checkpoints committed", "{:,}".format),
     ("checkpoints_verified", "checkpoints verified", "{:,}".format),
     ("uploads_failed", "uploads failed", "{:,}".format),
+    ("time", "time", str),
+    ("lost", "work done twice", str),
+    ("energy_kwh", "energy", "{:,.3g} kWh".format),
+    ("cost_usd", "cost", "{:,.2f} USD".format),
     ("logs", "logs", str),
     ("checkpoints", "checkpoints", str),
 )
+
+
+def _of_the_ledger(ledger: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table shows of the ledger, by the keys of its rows; times and losses are in words."""
+    if not (hours := ledger.get("hours")):
+        return {}
+    causes = dict(ledger["hours_by_cause"])
+    stopped_s = causes.pop("stopped") * 3600
+    shares = sorted(causes.items(), key=lambda item: -item[1])
+    where = [f"{cause.replace('_', ' ')} {_percent(part / hours)}" for cause, part in shares if part / hours >= 0.001]
+    stopped = f"; stopped for {format_duration(stopped_s)} besides" if stopped_s >= 1 else ""
+    shown = {**ledger, "time": f"{format_duration(hours * 3600)}: {', '.join(where)}{stopped}"}
+    if ledger["restarts"] or ledger["lost_steps"]:
+        restarts = f"{ledger['restarts']} restart{'s' * (ledger['restarts'] != 1)}"
+        shown["lost"] = f"{ledger['lost_steps']:,} steps, {ledger['lost_tokens']:,} tokens; {restarts}"
+    return shown
 
 
 def print_summary(summary: Mapping[str, Any], console: Console, commands: Sequence[tuple[str, str]] = ()) -> None:
@@ -207,7 +228,9 @@ def print_summary(summary: Mapping[str, Any], console: Console, commands: Sequen
         console: where to print; `log.console()`.
         commands: (what it does, command) in the order to show them.
     """
+    summary = {**_of_the_ledger(summary.get("ledger", {})), **summary}
     rows = [(label, text(summary[key])) for key, label, text in _SUMMARY_ROWS if summary.get(key) is not None]
+    rows += [(key, f"{value:.2%}") for key, value in summary.items() if key.startswith("share/")]
     console.print()
     if console.is_terminal:
         table = Table(show_header=False, title="Run finished", title_justify="left", title_style="bold")

@@ -1,8 +1,10 @@
-"""What a run trains and validates on, fetched into this node's cache."""
+"""What a run trains and validates on, out of this node's cache: it comes as it is needed."""
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +13,16 @@ from pretrain import log
 from pretrain.alike import check_same_data
 from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
-from pretrain.manifest import TOKENIZER_NAME
+from pretrain.manifest import TOKENIZER_NAME, DataManifest, document_end
+from pretrain.mixture import alone, check_alike, lay_out
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
-from pretrain.shards import ShardSet, fetch_shards
+from pretrain.raw_source import prepare_source, prepared
+from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
+
+LOOK_EVERY_S = 0.5
 
 logger = log.get(__name__)
 
@@ -32,6 +38,7 @@ class Corpus:
         skipped_shards: names of damaged shards that were left out.
         unigram_entropy: nats per token, where the data's manifest tells it.
         tokenizer: the content of tokenizer.json, where it lies beside the shards.
+        document_end: the token that ends a document, where `data.document_mask` keeps them apart.
     """
 
     batches: Batches
@@ -40,6 +47,7 @@ class Corpus:
     skipped_shards: tuple[str, ...]
     unigram_entropy: float | None
     tokenizer: str | None
+    document_end: int | None = None
 
 
 def fetch_corpus(
@@ -52,7 +60,7 @@ def fetch_corpus(
     seed: int,
     eval_sequences: int,
 ) -> Corpus:
-    """Fetch the shards, each once per node, and lay out the order. Every rank calls it.
+    """Find the shards, lay out their order and take the validation windows. Every rank calls it.
 
     Args:
         global_size: windows in a step, over all ranks.
@@ -62,39 +70,92 @@ def fetch_corpus(
         ShardError: no shards, damaged ones, too few tokens, or a vocabulary that is not the model's.
         StorageError: the bucket or the cache can't be used.
     """
-    seq_len = model.seq_len
-    store, shards = _fetch(data, storage, ranks, model)
-    manifest = shards.manifest.to_json() if shards.manifest else ""
-    check_same_data(ranks, data.source, shards.fingerprint, len(shards.shards), manifest)
-    batches = Batches(
-        shards.shards, seq_len=seq_len, global_size=global_size, seed=seed, shuffle_shards=data.shuffle_shards
-    )
+    if data.tokenizer:
+        for source in filter(None, (*(each.source for each in data.sources), data.source, data.val_source)):
+            _prepare(dataclasses.replace(data, source=source, sources=()), ranks, model)
+    found = {name: _open(one, storage, ranks, model) for name, one in alone(data)}
+    shards = {name: each for name, (_, each) in found.items()}
+    for store, each in found.values():
+        manifest = each.manifest.to_json() if each.manifest else ""
+        check_same_data(ranks, store.url, each.fingerprint, len(each.shards), manifest)
+    manifests = {store.url: each.manifest for store, each in found.values()}
+    tokenizers = {store.url: _tokenizer_beside(store) for store, _ in found.values()}
+    check_alike(manifests, tokenizers)
     validation = None
     if data.val_source:
-        val_data = dataclasses.replace(data, source=data.val_source, max_files=0)
-        _, val_shards = _fetch(val_data, storage, ranks, model)
-        validation = validation_batches(val_shards.shards, seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+        validation, manifests[data.val_source] = _validation(data, storage, ranks, model, eval_sequences)
     return Corpus(
-        batches=batches,
-        order=DataOrder(shards.fingerprint, seed, seq_len, data.shuffle_shards),
+        batches=lay_out(data, shards, seq_len=model.seq_len, global_size=global_size, seed=seed),
+        order=DataOrder.of(data, shards, seed, model.seq_len),
         validation=validation,
-        skipped_shards=shards.skipped,
-        unigram_entropy=shards.manifest.unigram_entropy if shards.manifest else None,
-        tokenizer=store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None,
+        skipped_shards=tuple(f"{name}/{shard}".lstrip("/") for name, each in shards.items() for shard in each.skipped),
+        unigram_entropy=_unigram_entropy(shards),
+        tokenizer=next((text for text in tokenizers.values() if text is not None), None),
+        document_end=document_end(data.eot_token_id, manifests) if data.document_mask else None,
     )
 
 
-def _fetch(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> tuple[ObjectStore, ShardSet]:
+def _tokenizer_beside(store: ObjectStore) -> str | None:
+    return store.read_bytes(TOKENIZER_NAME).decode() if store.stat(TOKENIZER_NAME) else None
+
+
+def _unigram_entropy(shards: Mapping[str, ShardSet]) -> float | None:
+    """Of the data as a whole: a mixture's is not that of any source."""
+    (first, *others) = shards.values()
+    return None if others or first.manifest is None else first.manifest.unigram_entropy
+
+
+def _open(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, at_once: bool = False
+) -> tuple[ObjectStore, ShardSet]:
     store = open_store(data.source, storage)
     logger.info("data: %s", store.describe())
-    shards = fetch_shards(
+    shards = open_shards(
         store,
         data,
         vocab_size=model.vocab_size,
         may_be_larger=bool(model.init_from),  # OPT, Pythia and Qwen3 have rows that their tokenizers never name
         local_rank=ranks.local_rank,
         local_world_size=ranks.local_world_size,
+        at_once=at_once,
     )
     skipped = len(shards.skipped)
     logger.info("data: %d shards, %s tokens, %d shards left out", len(shards.shards), f"{shards.n_tokens:,}", skipped)
     return store, shards
+
+
+def _validation(
+    data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig, eval_sequences: int
+) -> tuple[np.ndarray, DataManifest | None]:
+    """This rank's share of the validation windows (n, seq_len + 1) int64, spread evenly over `data.val_source`, and the
+    manifest of that."""
+    val_data = prepared(dataclasses.replace(data, source=data.val_source, sources=(), max_files=0))
+    _, shards = _open(val_data, storage, ranks, model, at_once=True)
+    windows = validation_batches(shards.shards, model.seq_len, eval_sequences)[ranks.rank :: ranks.world_size]
+    if shards.feed:
+        shards.feed.close()
+    return windows, shards.manifest
+
+
+def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:
+    """Have the first rank of each node prepare its raw text while all wait; what a rank raises ends it at once."""
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            prepare_source(data, vocab_size=model.vocab_size, may_be_larger=bool(model.init_from), say=logger.info)
+        except BaseException as error:  # noqa: BLE001 - raised again in the main thread
+            failed.append(error)
+
+    thread = threading.Thread(target=work, name="prepare", daemon=True)
+    if ranks.local_rank == 0:
+        thread.start()
+    working = True
+    # Asked again and again: hours of work are longer than any collective's patience.
+    while working:
+        if thread.ident is not None:
+            thread.join(LOOK_EVERY_S)
+        is_alive = thread.is_alive()  # asked first: what it came to must count
+        if failed:
+            raise failed[0]
+        working = ranks.any(is_alive)

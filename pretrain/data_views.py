@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
@@ -12,11 +12,10 @@ import numpy as np
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from pretrain.cache import Shard
 from pretrain.config import DataConfig
 from pretrain.data_stats import DataStats
 from pretrain.listings import print_fields, print_table, size_text
-from pretrain.lookup import DocumentPart, Window, document_lengths, documents_in
+from pretrain.lookup import DocumentPart, Part, Window, document_lengths, documents_in
 from pretrain.storage import ObjectStore
 
 SNIPPET_TOKENS, SNIPPET_CHARACTERS = 32, 60
@@ -30,36 +29,42 @@ def text_of(tokens: np.ndarray, tokenizer: Tokenizer | None) -> str:
 
 
 class StepView:
-    """Windows in words."""
+    """Windows in words.
 
-    def __init__(self, store: ObjectStore, data: DataConfig, tokenizer: Tokenizer | None) -> None:
+    Args:
+        stores: of the shards, by the name of their source; of data that is no mixture by ''.
+    """
+
+    def __init__(self, stores: Mapping[str, ObjectStore], data: DataConfig, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
-        self._lengths = lru_cache(maxsize=None)(lambda shard: document_lengths(store, shard, data.pad_token_id))
+        self._lengths = lru_cache(maxsize=None)(
+            lambda source, shard: document_lengths(stores[source], shard, data.pad_token_id)
+        )
 
     def tree(self, window: Window) -> dict[str, Any]:
         """A window with every document of it, decoded."""
         parts = []
         for part in window.parts:
             tokens, at, documents = part.shard.tokens(), part.begin, []
-            for document in documents_in(self._lengths(part.shard), part.begin, part.end):
+            for document in documents_in(self._lengths(window.source, part.shard), part.begin, part.end):
                 length = document.end - document.begin
                 documents.append({**asdict(document), "text": text_of(tokens[at : at + length], self._tokenizer)})
                 at += length
-            parts.append({"shard": part.shard.name, "begin": part.begin, "end": part.end, "documents": documents})
+            parts.append({"shard": _title(window, part), "begin": part.begin, "end": part.end, "documents": documents})
         return {"window": window.row, "epoch": window.epoch, "index": window.index, "parts": parts}
 
     def shards(self, windows: Sequence[Window]) -> list[dict[str, Any]]:
         """What each shard gave, in the order in which they come."""
-        spans: dict[Shard, list[DocumentPart]] = {}
-        counts: Counter[Shard] = Counter()
+        spans: dict[str, list[DocumentPart]] = {}
+        counts: Counter[str] = Counter()
         for window in windows:
             for part in window.parts:
-                counts[part.shard] += 1
-                documents = documents_in(self._lengths(part.shard), part.begin, part.end)
-                spans.setdefault(part.shard, []).extend(documents)
+                counts[_title(window, part)] += 1
+                documents = documents_in(self._lengths(window.source, part.shard), part.begin, part.end)
+                spans.setdefault(_title(window, part), []).extend(documents)
         return [
             {
-                "name": shard.name,
+                "name": shard,
                 "windows": counts[shard],
                 "tokens": sum(each.end - each.begin for each in documents),
                 "documents": len({each.number for each in documents}),
@@ -85,10 +90,11 @@ class StepView:
         lines = []
         for window in windows:
             first, more = window.parts[0], len(window.parts) - 1
-            numbers = [each.number for each in documents_in(self._lengths(first.shard), first.begin, first.end)]
+            lengths = self._lengths(window.source, first.shard)
+            numbers = [each.number for each in documents_in(lengths, first.begin, first.end)]
             text = text_of(window.tokens()[:SNIPPET_TOKENS], self._tokenizer).replace("\n", "⏎")
             span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}–{numbers[-1]}"
-            shard = f"{first.shard.name} +{more}" if more else first.shard.name
+            shard = _title(window, first) + (f" +{more}" if more else "")
             tokens = f"{first.begin:,}–{first.end:,}"
             lines.append([str(window.row), shard, tokens, span, text[:SNIPPET_CHARACTERS]])
         return lines
@@ -100,6 +106,11 @@ class StepView:
                 begin, end, length = document["begin"], document["end"], document["length"]
                 title = f"{part['shard']}, document {document['number']}, tokens {begin:,}–{end:,} of {length:,}"
                 console.print(f"\n── {title} ──\n{document['text']}")
+
+
+def _title(window: Window, part: Part) -> str:
+    """A shard's name, in a mixture behind its source's."""
+    return f"{window.source}/{part.shard.name}" if window.source else part.shard.name
 
 
 def token_text(token: int, tokenizer: Tokenizer | None) -> str:

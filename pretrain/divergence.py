@@ -21,6 +21,7 @@ from typing import Any
 from pretrain import log
 from pretrain.batches import Position
 from pretrain.config import TrainConfig
+from pretrain.mixture import position_from
 
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 # A curve so smooth that its noise is below these is not in trouble when it moves by a few times that noise.
@@ -200,5 +201,5 @@ def spread(losses: Iterable[float]) -> tuple[float, float]:
 
 
 def _passed_over(tree: Mapping[str, Any]) -> PassedOver:
-    begin, end = Position(**tree["begin"]), Position(**tree["end"])
+    begin, end = position_from(tree["begin"]), position_from(tree["end"])
     return PassedOver(**{**tree, "begin": begin, "end": end, "shards": tuple(tree["shards"])})

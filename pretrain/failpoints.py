@@ -30,6 +30,7 @@ FAILPOINTS: dict[str, str] = {
     "loop.after_step": "a step was taken, and nothing of it is saved",
     "loop.after_rollback": "the run went back to a checkpoint, and nothing of that is saved",
     "loss.poison": "the loss of a micro-batch is known; the action poison makes it NaN",
+    "snapshot.before_copy": "a save has begun; its tensors are named, and where they stay in place not yet copied",
     "snapshot.after_copy": "a save's tensors are in host memory, nothing is written",
     "checkpoint.before_write": "the folder of a save is made, and empty",
     "checkpoint.after_write": "this rank's files are written, the manifest is not",

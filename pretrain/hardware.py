@@ -1,4 +1,4 @@
-"""What this machine can do: devices, precisions, peak rates, and what the GPU is doing right now.
+"""What this machine can do: devices, precisions, peak rates (what it is doing right now: sensors.py).
 
 Sizes are in GB of 10^9 bytes, rates in floating-point operations per second.
 """
@@ -9,7 +9,6 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,65 +157,3 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         facts["device_memory_gb"] = round(properties.total_memory / GB, 1)
         facts["compute_capability"] = f"{properties.major}.{properties.minor}"
     return facts
-
-
-class GpuMonitor:
-    """What a rank's device is doing, asked of the driver once a record and never inside a step.
-
-    Attributes:
-        problem: why the driver can't be asked, or ''. A CPU is no problem: it has no driver to ask.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.problem = ""
-        self._nvml: Any = None
-        self._handle: Any = None
-        self._process = psutil.Process()
-        if device.type == "cuda":
-            self._open()
-
-    def _open(self) -> None:
-        try:
-            import pynvml
-        except ImportError:
-            self.problem = "nvidia-ml-py is not installed"
-            return
-        # By UUID: the driver counts all GPUs of the machine, torch only those in CUDA_VISIBLE_DEVICES, in its order.
-        uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-        try:
-            pynvml.nvmlInit()
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-            self._nvml = pynvml
-        except pynvml.NVMLError as error:
-            self.problem = f"the NVIDIA driver can't be asked about {uuid}: {error}"
-
-    def sample(self) -> dict[str, float]:
-        """The figures of this moment; one that the device doesn't tell is left out.
-
-        Returns:
-            gpu_utilization (percent of the last driver period), gpu_power_w, gpu_memory_gb (in use on the GPU, by all
-            processes), gpu_memory_peak_gb (most that torch ever held here at once), host_memory_gb (resident in this
-            process). On a CPU host_memory_gb only.
-        """
-        figures = {"host_memory_gb": self._process.memory_info().rss / GB}
-        if self.device.type == "cuda":
-            figures["gpu_memory_peak_gb"] = torch.cuda.max_memory_allocated(self.device) / GB
-        return figures | self._ask_driver()
-
-    def _ask_driver(self) -> dict[str, float]:
-        if self._nvml is None:
-            return {}
-        nvml, handle = self._nvml, self._handle
-        questions: dict[str, Callable[[], float]] = {
-            "gpu_utilization": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
-            "gpu_power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "gpu_memory_gb": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used / GB,
-        }
-        figures = {}
-        for name, ask in questions.items():
-            try:
-                figures[name] = float(ask())
-            except nvml.NVMLError:  # a card without that sensor
-                continue
-        return figures

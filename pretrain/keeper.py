@@ -1,8 +1,8 @@
 """Keeps the checkpoints of a run: saves them behind the training, hands them to the uploads, and finds them again.
 
-The training waits only for the copy to host memory. One background thread of each rank writes and commits locally
-(local_writer.py), another uploads and commits in the bucket (upload_queue.py); each has a gloo group of its own to
-agree with its peers.
+The training waits only for the copy to host memory; where that can go on beside the next step, only that step's update
+does (snapshot.py). One background thread of each rank writes and commits locally (local_writer.py), another uploads and
+commits in the bucket (upload_queue.py); each has a gloo group of its own to agree with its peers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from pretrain import log, node_disks
 from pretrain.archive import check_kind
-from pretrain.checkpoint import CheckpointReader, HostBuffers, damaged_files, take_snapshot
+from pretrain.checkpoint import CheckpointReader, damaged_files
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.discovery import damaged_objects, take_inventory
@@ -28,6 +28,7 @@ from pretrain.local_writer import SaveJob, Writer
 from pretrain.ranks import Ranks, background_group
 from pretrain.resumption import agree, share_inventory
 from pretrain.run_lock import RunLock
+from pretrain.snapshot import HostBuffers, take_snapshot
 from pretrain.storage import ObjectStore, open_store
 from pretrain.upload_queue import UploadQueue
 from pretrain.uploads import UploadJob, list_commits
@@ -184,7 +185,10 @@ class Keeper:
         self._writer.wait()
         if (waited_s := time.perf_counter() - started) > NOTABLE_WAIT_S:
             logger.info("%s: training waited %.1f s until the one before was written", name, waited_s)
-        snapshot = take_snapshot(engine.parameter_states(), self._ranks.rank, self._ranks.world_size, self._buffers)
+        ranks, states_stay = self._ranks, engine.states_stay
+        states = engine.parameter_states()
+        snapshot = take_snapshot(states, ranks.rank, ranks.world_size, self._buffers, states_stay=states_stay)
+        engine.before_update = snapshot.copying.wait
         self._sequence += 1
         self._last_saved_step = name.step
         self._writer.put(SaveJob(name, self._sequence, snapshot, documents))

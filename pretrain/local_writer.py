@@ -1,6 +1,7 @@
 """Writes a run's checkpoints to this machine's disk, behind the training.
 
-One at a time: a snapshot is one copy of this rank's share in host memory, and there is never a second.
+One at a time: a snapshot is one copy of this rank's share in host memory, and there is never a second. Where the
+copy is still to be made, this thread makes it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch.distributed as dist
 from pretrain import log
 from pretrain.checkpoint import (
     INDEX_FILE,
-    Snapshot,
     empty_folder,
     remove_folder,
     retract_manifest,
@@ -29,6 +29,7 @@ from pretrain.discovery import take_inventory
 from pretrain.errors import StorageError
 from pretrain.failpoints import failpoint
 from pretrain.ranks import Ranks
+from pretrain.snapshot import Snapshot
 
 logger = log.get(__name__)
 
@@ -122,6 +123,7 @@ class Writer:
             if job is None:
                 return
             try:
+                job.snapshot.copying.finish()  # whatever has failed before: the next update waits for it
                 if self.failure is None:
                     self._commit(job)
             except OSError as error:

@@ -23,6 +23,7 @@ import numpy as np
 from pretrain.batches import Batches, Position
 from pretrain.cache import Shard
 from pretrain.errors import CheckpointError, ConfigError, ShardError
+from pretrain.mixture import position_from
 from pretrain.npz import read_npz
 from pretrain.storage import LocalStore, ObjectStore
 
@@ -45,12 +46,14 @@ class Window:
         epoch: that it belongs to: a step may cross from one to the next.
         index: in the epoch's stream of shards.
         parts: of its seq_len + 1 tokens, in order; the last token is a target only, and the next window's first.
+        source: name of its source in a mixture.
     """
 
     row: int
     epoch: int
     index: int
     parts: tuple[Part, ...]
+    source: str = ""
 
     def tokens(self) -> np.ndarray:
         """Its tokens (seq_len + 1,)."""
@@ -104,7 +107,7 @@ class Saved:
             detours = tuple(
                 Detour(int(each["from_step"]), int(each["to_step"]), int(each["windows"])) for each in passed_over
             )
-            return cls(name, int(progress["step"]), Position(**progress["position"]), detours)
+            return cls(name, int(progress["step"]), position_from(progress["position"]), detours)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{name}: its trainer_state.json can't be read: {error!r}") from error
 
@@ -117,7 +120,7 @@ class Saved:
 def planned(batches: Batches, step: int) -> Position:
     """Where the windows of a step begin in a run that never rolled back. Raises ConfigError where `step` is below 1."""
     _check_step(step)
-    return position_after(batches, (step - 1) * batches.global_size)
+    return batches.position_after((step - 1) * batches.global_size)
 
 
 def recorded(batches: Batches, step: int, newest: Saved, older: Sequence[Saved] = ()) -> Position:
@@ -133,7 +136,7 @@ def recorded(batches: Batches, step: int, newest: Saved, older: Sequence[Saved] 
     _check_step(step)
     size = batches.global_size
     if windows_before(batches, newest.position) == newest.step * size + newest.windows_passed_over:
-        return position_after(batches, (step - 1) * size + _passed_over_before(step, newest.detours))
+        return batches.position_after((step - 1) * size + _passed_over_before(step, newest.detours))
     around = sorted([newest, *older], key=lambda saved: saved.step)
     before = next((saved for saved in reversed(around) if saved.step < step), None)
     after = next((saved for saved in around if saved.step >= step), None)
@@ -143,7 +146,7 @@ def recorded(batches: Batches, step: int, newest: Saved, older: Sequence[Saved] 
             "batch.global_size was changed in between, and no checkpoint from right before that step is left",
             "Give the batch.global_size that this step had, and leave out --run",
         )
-    return position_after(batches, windows_before(batches, before.position) + (step - 1 - before.step) * size)
+    return batches.position_after(windows_before(batches, before.position) + (step - 1 - before.step) * size)
 
 
 def _check_step(step: int) -> None:
@@ -174,15 +177,9 @@ def windows_before(batches: Batches, position: Position) -> int:
         CheckpointError: this data has no such position.
     """
     try:
-        return position.epoch * batches.windows_per_epoch + batches._epoch(position.epoch).taken(position)
+        return batches.windows_before(position)
     except ValueError as error:
         raise CheckpointError(f"the checkpoint is of other data: {error}", "Give the run's own data") from error
-
-
-def position_after(batches: Batches, windows: int) -> Position:
-    """The reverse of `windows_before`."""
-    epoch, taken = divmod(windows, batches.windows_per_epoch)
-    return batches._epoch(epoch).position(taken)
 
 
 def windows_at(batches: Batches, position: Position) -> list[Window]:
@@ -190,15 +187,15 @@ def windows_at(batches: Batches, position: Position) -> list[Window]:
 
     They hold what `Batches.take` gives, row for row; here it is told where it comes from.
     """
-    first = windows_before(batches, position)
+    windows_before(batches, position)  # is it one of this data?
     found = []
-    for row in range(batches.global_size):
-        number, taken = divmod(first + row, batches.windows_per_epoch)
-        epoch = batches._epoch(number)
+    for row, (name, source, before) in enumerate(batches.origins(position)):
+        number, taken = divmod(before, source.windows_per_epoch)
+        epoch = source._epoch(number)
         index = epoch.window(taken)
-        begin = index * batches.seq_len
-        parts = _parts(batches, epoch.order, epoch.starts, begin, begin + batches.seq_len + 1)
-        found.append(Window(row, number, index, tuple(parts)))
+        begin = index * source.seq_len
+        parts = _parts(source, epoch.order, epoch.starts, begin, begin + source.seq_len + 1)
+        found.append(Window(row, number, index, tuple(parts), name))
     return found
 
 

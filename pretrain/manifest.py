@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,36 @@ class DataManifest:
                 f"the model has model.vocab_size {vocab_size}",
                 f"Set --model.vocab_size {self.vocab_size}",
             )
+
+
+def document_end(given: int, manifests: Mapping[str, DataManifest | None]) -> int:
+    """The token id that ends a document in all of these sets of shards.
+
+    Args:
+        given: `data.eot_token_id`; -1: the manifests tell it.
+        manifests: by their source; None where a source has none.
+
+    Raises:
+        ShardError: nobody says which it is, or two say it differently.
+    """
+    said = {"data.eot_token_id": given} if given >= 0 else {}
+    for source, manifest in manifests.items():
+        if manifest and manifest.eot_id is not None:
+            said[f"{source.rstrip('/')}/{MANIFEST_NAME}"] = manifest.eot_id
+    if not said:
+        raise ShardError(
+            f"data.document_mask: nothing says which token ends a document: no {MANIFEST_NAME} with an eot_id in "
+            f"{', '.join(manifests)}",
+            "Give --data.eot_token_id ID",
+        )
+    (first, found), *others = said.items()
+    for other, differing in others:
+        if differing != found:
+            raise ShardError(
+                f"data.document_mask: {first} says that token {found} ends a document, {other} says {differing}",
+                "Give shards of one tokenizer, and no other --data.eot_token_id",
+            )
+    return found
 
 
 def _entries(items: list[Any], source: str) -> tuple[ShardEntry, ...]:

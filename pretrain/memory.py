@@ -105,7 +105,7 @@ class Setup:
         model: a resolved ModelConfig.
         precision: fp32, bf16 or fp16.
         batch: its micro size counts, and whether gradients accumulate.
-        world_size: ranks.
+        world_size: ranks; document_mask: whether documents are kept apart.
     """
 
     model: ModelConfig
@@ -113,6 +113,7 @@ class Setup:
     batch: BatchConfig
     world_size: int = 1
     sharding: Sharding = Sharding()
+    document_mask: bool = False
 
     def with_micro_size(self, micro_size: int) -> Setup:
         """The same with another micro batch."""
@@ -198,13 +199,10 @@ def parameter_sizes(model: ModelConfig) -> list[int]:
     return [math.prod(shape) for _, shape in parameter_shapes(model)]
 
 
-# ---- one step ----
-
-
 def timeline(setup: Setup) -> Iterator[Moment]:
     """The moments of a step that can be its fullest."""
     model, size = setup.model, sum(parameter_sizes(setup.model))
-    acts = Activations(model, COMPUTE_BYTES[setup.precision], setup.batch.micro_size)
+    acts = Activations(model, COMPUTE_BYTES[setup.precision], setup.batch.micro_size, setup.document_mask)
     head = acts.c * model.padded_vocab_size * model.d_model  # gradient of the output head
     still = Moment(
         "",

@@ -28,6 +28,7 @@ from pretrain.config import LogConfig
 from pretrain.console import ConsoleSink
 from pretrain.errors import StorageError
 from pretrain.files import new_file
+from pretrain.ledger import RESTARTS_FILE, Ledger
 from pretrain.sinks import Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,15 +47,25 @@ class Metrics:
         sinks: what else shows each record, in this order, after the line is in the file.
         first_step: steps already done when this process began; the next record's step is beyond it.
         clock: seconds since 1970, written as `time`.
+        ledger: keeps the run's books; knows what earlier processes wrote.
+        start: what else the first event tells of this process.
 
     Raises:
         StorageError: `folder` can't be written; `record`, `event` and `summary` raise it too.
     """
 
     def __init__(
-        self, folder: Path, sinks: Sequence[Sink], first_step: int = 0, clock: Callable[[], float] = time.time
+        self,
+        folder: Path,
+        sinks: Sequence[Sink],
+        first_step: int = 0,
+        clock: Callable[[], float] = time.time,
+        *,
+        ledger: Ledger | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = folder
+        self.ledger = ledger or Ledger()
         self._sinks = list(sinks)
         self._clock = clock
         self._lock = threading.RLock()  # re-entrant: a signal handler may report an event while a record is written
@@ -63,7 +74,7 @@ class Metrics:
             for name in (METRICS_FILE, EVENTS_FILE):
                 _end_torn_line(folder / name)
             self._file = (folder / METRICS_FILE).open("a", encoding="utf-8")
-        self.event("resumed" if first_step else "started", step=first_step)
+        self.event("resumed" if first_step else "started", step=first_step, **(start or {}))
 
     def record(self, record: Mapping[str, float | int | str | None]) -> None:
         """Append one step's record and show it. Fields that are None are left out; `time` is added where it is missing.
@@ -77,15 +88,18 @@ class Metrics:
         with self._lock, _disk(self.folder):
             self._file.write(_json(fields) + "\n")
             self._file.flush()
+            self.ledger.record(fields)
             for sink in self._sinks:
                 sink.write(fields)
 
     def event(self, kind: str, **fields: Any) -> None:
         """Append something that happened between steps (a checkpoint committed, an upload failed) to events.jsonl."""
-        line = _json({"kind": kind, "time": self._clock(), **fields})
+        time_s = self._clock()
+        line = _json({"kind": kind, "time": time_s, **fields})
         with self._lock, _disk(self.folder):
             with (self.folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+            self.ledger.event(kind, time_s, fields)
             for sink in self._sinks:
                 sink.event(kind, fields)
 
@@ -102,10 +116,13 @@ class Metrics:
     def close(self) -> None:
         """End every sink and the file; a second call does nothing. Events that come later still reach events.jsonl."""
         with self._lock, _disk(self.folder):
+            if self._file.closed:
+                return
             sinks, self._sinks = self._sinks, []
             for sink in sinks:
                 sink.close()
             self._file.close()
+            self.event("ended")
 
     def __enter__(self) -> Metrics:
         return self
@@ -119,6 +136,7 @@ class NoMetrics(Metrics):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.ledger = Ledger()
 
     def record(self, record: Mapping[str, float | int | str | None]) -> None:
         """Record nothing."""
@@ -135,7 +153,15 @@ class NoMetrics(Metrics):
 
 
 def open_metrics(
-    config: LogConfig, run_name: str, *, settings: Mapping[str, Any], total_steps: int, first_step: int, rank: int
+    config: LogConfig,
+    run_name: str,
+    *,
+    settings: Mapping[str, Any],
+    total_steps: int,
+    first_step: int,
+    rank: int,
+    start: Mapping[str, Any] | None = None,
+    carried: Mapping[str, Any] | None = None,
 ) -> Metrics:
     """The metrics of a run, with every sink the config asks for; on ranks other than 0 they record nothing.
 
@@ -146,6 +172,8 @@ def open_metrics(
         total_steps: step at which the run ends.
         first_step: steps already done: 0, or the step of the checkpoint that was resumed.
         rank: global rank of this process.
+        start: what events.jsonl tells of this process.
+        carried: the ledger of the checkpoint that was resumed; it counts where the logs here know less.
 
     Raises:
         StorageError: the folder can't be written.
@@ -156,13 +184,17 @@ def open_metrics(
         return NoMetrics(folder)
     with _disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        ledger = read_ledger(folder)
+        if carried and carried["until"] > ledger.seen_s:  # it was saved on another machine
+            start = {**(start or {}), "carried": dict(carried)}
         sinks: list[Sink] = []
         if config.tensorboard:
             sinks.append(TensorBoardSink(folder, settings, first_step))
         if config.wandb:
-            sinks.append(WandbSink(folder, config.wandb_project, run_name, settings, first_step))
+            shown = ledger.furthest_step
+            sinks.append(WandbSink(folder, config.wandb_project, run_name, settings, first_step, shown))
     sinks.append(ConsoleSink(total_steps))
-    return Metrics(folder, sinks, first_step)
+    return Metrics(folder, sinks, first_step, ledger=ledger, start=start)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -191,13 +223,44 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _parse(line: str) -> dict[str, Any] | None:
-    """A line's record, or None where the line is torn."""
+def read_ledger(folder: Path) -> Ledger:
+    """The books of a run as its log folder has them; empty ones where nothing was written yet.
+
+    Raises:
+        StorageError: a file can't be read.
+    """
+    lines: list[tuple[float, dict[str, Any]]] = []
+    with _disk(folder):
+        for name in (EVENTS_FILE, METRICS_FILE, RESTARTS_FILE):
+            if not (folder / name).exists():
+                continue
+            with (folder / name).open(encoding="utf-8", errors="replace") as file:
+                found = [_line(text) for text in file]
+            lines += [(line["time"], line) for line in found if line and isinstance(line.get("time"), (int, float))]
+    ledger = Ledger()
+    for time_s, line in sorted(lines, key=lambda each: each[0]):  # stable: what started comes before its records
+        if "kind" in line:
+            ledger.event(line["kind"], time_s, line)
+        elif "restart" in line:
+            ledger.event("restarted", time_s, line)
+        elif isinstance(line.get("step"), int):
+            ledger.record(line)
+    return ledger
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    """A line's object, or None where the line is torn."""
     try:
-        record = json.loads(line)
+        line = json.loads(text)
     except json.JSONDecodeError:
         return None
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    return line if isinstance(line, dict) else None
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    """A line's record, or None where the line is torn."""
+    record = _line(line)
+    if record is None or not isinstance(record.get("step"), int):
         return None
     return {key: _NOT_FINITE.get(value, value) if isinstance(value, str) else value for key, value in record.items()}
 

@@ -134,8 +134,9 @@ class ModelConfig:
     """The output head is the token embedding."""
     dropout: float = 0.1
     """Dropout probability on embeddings, attention and residual branches."""
-    attention: Literal["auto", "flash", "sdpa", "plain"] = "auto"
-    """Attention kernel: the FlashAttention package, torch's fused kernels, or plain matrices; auto takes the best."""
+    attention: Literal["auto", "flash", "flex", "sdpa", "plain"] = "auto"
+    """Attention kernel: the FlashAttention package, torch's flex attention (with data.document_mask only), torch's
+    fused kernels, or plain matrices; auto takes the best."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: nothing, all but the matrix products and attention,
     or whole blocks."""
@@ -199,7 +200,17 @@ class ModelConfig:
         """
         matrices = (math.prod(shape) for name, shape in _block_shapes(self) if len(shape) == 2)
         n_matmul = self.n_layer * sum(matrices) + self.vocab_size * self.d_model
-        return 6.0 * n_matmul + 12.0 * self.n_layer * self.n_head * self.head_dim * self.seq_len
+        return 6.0 * n_matmul + self._attention_flops
+
+    @property
+    def causal_flops_per_token(self) -> float:
+        """As `flops_per_token`, with attention counted causal: only the half of the T × T square that is of use, as
+        causal kernels compute it."""
+        return self.flops_per_token - self._attention_flops / 2
+
+    @property
+    def _attention_flops(self) -> float:
+        return 12.0 * self.n_layer * self.n_head * self.head_dim * self.seq_len
 
 
 def _default_d_ff(d_model: int, activation: str) -> int:

@@ -24,7 +24,8 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for _, parameter in named:
-        (matrices if parameter.ndim >= 2 else vectors).append(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves a parameter empty, and notes its shape
+        (matrices if len(shape) >= 2 else vectors).append(parameter)
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -110,13 +110,20 @@ class Budget:
 
 
 def make_setup(
-    model: ModelConfig, batch: BatchConfig, engine: EngineConfig, optim: OptimConfig, precision: str, world_size: int
+    model: ModelConfig,
+    batch: BatchConfig,
+    engine: EngineConfig,
+    optim: OptimConfig,
+    precision: str,
+    world_size: int,
+    document_mask: bool = False,
 ) -> Setup:
     """The setup of a run.
 
     Raises:
         ConfigError: ds_config.json can't be used.
     """
+    batch = batch.settled
     sharding = Sharding(engine.name)
     if engine.name == "fsdp":
         node = min(GPUS_OF_A_NODE, world_size) if engine.fsdp_shard == "hybrid" else 0
@@ -126,7 +133,7 @@ def make_setup(
         if problems:
             raise ConfigError(problems)
         sharding = Sharding.of_deepspeed(settings)
-    return Setup(model, precision, batch, world_size, sharding)
+    return Setup(model, precision, batch, world_size, sharding, document_mask)
 
 
 def budget(setup: Setup, gpu: Gpu) -> Budget:

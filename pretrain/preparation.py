@@ -246,7 +246,7 @@ def _recipe(options: Preparation, choice: TokenizerChoice, files: Sequence[RawFi
         "format": FORMAT,
         "options": {**options.decisive(), "tokenizer": given},
         "versions": choice.versions(),
-        "inputs": [{"name": file.name, "bytes": file.size, "crc32c": file.crc32c} for file in files],
+        "inputs": [{"name": file.name, "bytes": file.size, "crc32c": file.identity} for file in files],
     }
 
 

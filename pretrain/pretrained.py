@@ -10,7 +10,7 @@ either, or a folder with a Hugging Face config.json. The optimizer's moments are
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,18 @@ import yaml
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model import GPT
+from model import GPT, draw
 from pretrain import log
 from pretrain.checkpoint import CheckpointReader, damaged_files, read_manifest
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
 from pretrain.config import StorageConfig
 from pretrain.discovery import fetch, take_inventory
+from pretrain.document_mask import DocumentMask
 from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hf_config import CONFIG_FILE as HF_CONFIG_FILE
 from pretrain.hf_source import from_hf
 from pretrain.hf_weights import load_hf
-from pretrain.kernels import choose_attention
+from pretrain.kernels import Masking, choose_attention
 from pretrain.manifest import TOKENIZER_NAME
 from pretrain.model_config import ModelConfig, model_problems, parameter_shapes
 from pretrain.run_lock import sole_use
@@ -72,6 +73,7 @@ def load_pretrained(
     storage: StorageConfig = STORAGE,
     attention: str = "auto",
     cache_dir: Path = CACHE_DIR,
+    packed: bool = False,
 ) -> Pretrained:
     """The model of a place, its weights cast to `dtype` on `device`.
 
@@ -79,6 +81,8 @@ def load_pretrained(
         where: see the module.
         attention: kernel, as `choose_attention` takes it.
         cache_dir: where what is in a bucket is kept after it was fetched.
+        packed: sequences will hold several documents, which the model keeps apart where it was trained so
+            (`data.document_mask`); else all of a sequence is one.
 
     Raises:
         CheckpointError: there is no checkpoint, a damaged one, or one of another shape than its config says.
@@ -92,7 +96,8 @@ def load_pretrained(
     config = load_model_config(reader.folder)
     check_shapes(reader, config)
     weights = ((name, reader.weight(name)) for name, _ in parameter_shapes(config))
-    model = build(config, weights, device, dtype, attention)
+    document_end = load_document_end(reader.folder) if packed else None
+    model = build(config, weights, device, dtype, attention, document_end)
     return Pretrained(model, config, tokenizer_of(reader.folder), str(reader.manifest.name), reader.manifest.name.step)
 
 
@@ -108,18 +113,23 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     attention: str = "auto",
+    document_end: int | None = None,
 ) -> GPT:
     """A model in eval mode with these weights: every parameter once, by canonical name and full shape.
+
+    Args:
+        document_end: token that ends a document, where documents are kept apart.
 
     Raises:
         ConfigError: the kernel can't run.
     """
     try:
-        kernel, _ = choose_attention(attention, device, dtype, config.head_dim)
+        masking = None if document_end is None else Masking()
+        kernel, _ = choose_attention(attention, device, dtype, config.head_dim, masking)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another attention kernel, or auto.") from error
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = GPT(config, kernel)
+        model = GPT(config, kernel, None if document_end is None else DocumentMask(kernel, document_end))
     model.to(dtype).to_empty(device=device)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -129,17 +139,23 @@ def build(
     return model.requires_grad_(False).eval()
 
 
-def init_from(model: GPT, folder: Path) -> None:
-    """Give a fresh model the weights of a Hugging Face folder whose shape it was built in.
+def first_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(canonical name, fp32 on the CPU of its full shape) of every parameter of a fresh model, one at a time.
+
+    They are those of the Hugging Face folder `init_from`, or drawn: the same as `GPT(config)` draws after
+    `torch.manual_seed(seed)`, to the last bit.
 
     Raises:
-        CheckpointError: the files are damaged, or their tensors are not the model's.
+        CheckpointError: the folder's files are damaged, or their tensors are not the model's.
         ConfigError: transformers has no class for the model.
     """
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, weight in load_hf(folder, model.config):
-            parameters[name].copy_(weight)
+    if config.init_from:
+        logger.info("weights from %s", config.init_from)
+        yield from load_hf(Path(config.init_from), config)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    for name, shape in parameter_shapes(config):
+        yield name, draw(torch.empty(shape), name, config, generator)
 
 
 def tokenizer_of(folder: Path) -> Tokenizer | None:
@@ -162,14 +178,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     Raises:
         CheckpointError: it is missing or unreadable, says something this version doesn't know, or can't be right.
     """
-    path = folder / CONFIG_FILE
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path} can't be read: {' '.join(str(error).split())}", SEE) from error
-    section = tree.get("model") if isinstance(tree, dict) else None
-    if not isinstance(section, dict):
-        raise CheckpointError(f"{path} has no section model", SEE)
+    path, section = folder / CONFIG_FILE, _section(folder, "model")
     fields = {field.name: field for field in dataclasses.fields(ModelConfig)}
     if unknown := sorted(set(map(str, section)) - set(fields) - RETIRED):
         raise CheckpointError(
@@ -181,6 +190,36 @@ def load_model_config(folder: Path) -> ModelConfig:
     if config is None or wrong:
         raise CheckpointError(f"{path}: {'; '.join(wrong)}", "Use the config.yaml that was saved with the weights.")
     return config
+
+
+def load_document_end(folder: Path) -> int | None:
+    """The token that ends a document, where a checkpoint's config.yaml says that it was trained to keep them apart.
+
+    Raises:
+        CheckpointError: it is missing or unreadable, or says that without saying which token it is.
+    """
+    section = _section(folder, "data")
+    if section.get("document_mask") is not True:
+        return None
+    token_id = section.get("eot_token_id")
+    if not isinstance(token_id, int) or token_id < 0:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE}: data.document_mask is true and data.eot_token_id is {token_id!r}",
+            "Use the config.yaml that was saved with the weights.",
+        )
+    return token_id
+
+
+def _section(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} can't be read: {' '.join(str(error).split())}", SEE) from error
+    section = tree.get(name) if isinstance(tree, dict) else None
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{path} has no section {name}", SEE)
+    return section
 
 
 def _as_now(name: str, value: Any) -> Any:

@@ -6,20 +6,33 @@ trainer_state.json is what a resume needs; metadata.json and training_metrics.js
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Any
 
 from pretrain.batches import Position
+from pretrain.cache import digest
 from pretrain.checkpoint import CheckpointReader
 from pretrain.checkpoint_manifest import CheckpointName
+from pretrain.config import DataConfig
 from pretrain.divergence import Watch
 from pretrain.engine.base import EngineState
 from pretrain.errors import CheckpointError
 from pretrain.history import LossTracker
+from pretrain.mixture import position_from, shares
+from pretrain.shards import ShardSet
 
 TRAINER_STATE_FILE = "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class SourceOrder:
+    """One source of a mixture: its name, its share of the windows ("7/10"), and its shards' names and contents."""
+
+    name: str
+    share: str
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -29,12 +42,23 @@ class DataOrder:
     Args:
         fingerprint: of the shards' names and contents.
         seed, seq_len, shuffle_shards: of the config.
+        sources: of a mixture, in the order of their names.
     """
 
     fingerprint: str
     seed: int
     seq_len: int
     shuffle_shards: int
+    sources: tuple[SourceOrder, ...] = ()
+
+    @classmethod
+    def of(cls, data: DataConfig, shards: Mapping[str, ShardSet], seed: int, seq_len: int) -> DataOrder:
+        """Of what was found under each name of `mixture.alone`."""
+        if not data.sources:
+            return cls(shards[""].fingerprint, seed, seq_len, data.shuffle_shards)
+        parts = shares({each.title: each.weight for each in data.sources})
+        sources = tuple(SourceOrder(name, str(parts[name]), each.fingerprint) for name, each in shards.items())
+        return cls(digest([astuple(each) for each in sources]), seed, seq_len, data.shuffle_shards, sources)
 
     def check(self, saved: Mapping[str, Any], checkpoint: str) -> None:
         """Compare with the order that a checkpoint was trained in.
@@ -45,13 +69,36 @@ class DataOrder:
         differing = [
             f"{each.name} was {saved.get(each.name)} and is {getattr(self, each.name)}"
             for each in fields(self)
-            if saved.get(each.name) != getattr(self, each.name)
+            if each.name not in self._told_by_sources(saved) and saved.get(each.name) != getattr(self, each.name)
         ]
+        differing += self._differing_sources(saved)
         if differing:
             raise CheckpointError(
                 f"{checkpoint} was trained in another data order: {'; '.join(differing)}",
                 "Resume with the same shards and settings, or start another run with --run NAME.",
             )
+
+    def _told_by_sources(self, saved: Mapping[str, Any]) -> set[str]:
+        return {"sources", "fingerprint"} if self.sources or saved.get("sources") else {"sources"}
+
+    def _differing_sources(self, saved: Mapping[str, Any]) -> Iterator[str]:
+        """In words, what another mixture has in another way; a checkpoint without one has no sources."""
+        before = {each["name"]: each for each in saved.get("sources", ())}
+        now = {each.name: asdict(each) for each in self.sources}
+        if bool(before) != bool(now):
+            yield (
+                "it had data.source, and this has data.sources"
+                if now
+                else ("it had data.sources, and this has data.source")
+            )
+            return
+        yield from (f"source {name} is new" for name in now if name not in before)
+        yield from (f"source {name} is gone" for name in before if name not in now)
+        for name in sorted(now.keys() & before.keys()):
+            if before[name]["share"] != now[name]["share"]:
+                yield f"source {name} had a share of {before[name]['share']} and has {now[name]['share']}"
+            if before[name]["fingerprint"] != now[name]["fingerprint"]:
+                yield f"source {name} has other shards"
 
 
 @dataclass(frozen=True)
@@ -103,12 +150,14 @@ def checkpoint_documents(
     order: DataOrder,
     about: Mapping[str, Any],
     watch: Watch | None = None,
+    ledger: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The JSON documents of a checkpoint, by file name.
 
     Args:
         about: what is constant in a run (its name, the model, the machine), for metadata.json.
         watch: for divergence.
+        ledger: what the run has taken so far, for a resume on a machine without its logs.
     """
     measured = history.state()
     trainer_state = {
@@ -117,6 +166,7 @@ def checkpoint_documents(
         "order": asdict(order),
         "history": measured,
         "divergence": watch.state() if watch else {},
+        "ledger": dict(ledger or {}),
     }
     completed = {
         "completed_steps": progress.step,
@@ -154,7 +204,7 @@ def read_progress(
         tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
         order.check(tree["order"], reader.folder.name)
         saved = dict(tree["progress"])
-        progress = Progress(**{**saved, "position": Position(**saved["position"])})
+        progress = Progress(**{**saved, "position": position_from(saved["position"])})
         history.restore(tree["history"])
         if watch:
             watch.restore(tree.get("divergence", {}))
@@ -164,6 +214,19 @@ def read_progress(
             f"{reader.folder / TRAINER_STATE_FILE} can't be read: {type(error).__name__}: {error}",
             "Resume with the version that wrote it, or from another checkpoint.",
         ) from error
+
+
+def carried_ledger(reader: CheckpointReader) -> dict[str, Any]:
+    """What the run had taken when this checkpoint was saved; {} of a version that did not keep it.
+
+    Raises:
+        CheckpointError: trainer_state.json can't be read.
+    """
+    try:
+        tree: Mapping[str, Any] = reader.document(TRAINER_STATE_FILE)
+        return dict(tree.get("ledger", {}))
+    except (OSError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{reader.folder / TRAINER_STATE_FILE} can't be read: {error}") from error
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

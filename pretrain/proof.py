@@ -59,6 +59,7 @@ def small_model(model: ModelConfig, *, keep_vocabulary: bool) -> ModelConfig:
 
 def small_batch(batch: BatchConfig, world_size: int) -> BatchConfig:
     """A small batch, accumulated where the given one is."""
+    batch = batch.settled
     micro = min(batch.micro_size, SMALL_MICRO)
     accumulation = min(batch.accumulation(world_size), SMALL_ACCUMULATION)
     return dataclasses.replace(batch, micro_size=micro, global_size=micro * accumulation * world_size)

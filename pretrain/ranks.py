@@ -53,9 +53,13 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on at least one rank. Every rank must call it."""
-        word = torch.tensor([flag], dtype=torch.int32)
-        dist.all_reduce(word, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(word.item())
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool) -> list[bool]:
+        """Of each flag whether it is set on at least one rank. Every rank must call it."""
+        words = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(words, op=dist.ReduceOp.MAX, group=self.control)
+        return [bool(word) for word in words.tolist()]
 
     def mean(self, value: float) -> float:
         """The mean of a value over the ranks, in float64. Every rank must call it."""

@@ -74,6 +74,16 @@ class RawFile:
     def is_local(self) -> bool:
         return "://" not in self.folder
 
+    @property
+    def version(self) -> tuple[int, int]:
+        """(size, generation)."""
+        return self.size, self.generation
+
+    @property
+    def identity(self) -> str:
+        """What tells its content from another: its checksum, or where its store has none, what it says of versions."""
+        return self.crc32c or f"version {self.generation}"
+
     @contextmanager
     def on_disk(self, scratch: str = "") -> Iterator[Path]:
         """The file on this machine, fetched for the time of the block where it lies in a bucket.
@@ -94,7 +104,7 @@ class RawFile:
         with tempfile.TemporaryDirectory(prefix="raw-", dir=scratch or None) as folder:
             path = Path(folder) / "file"
             info = open_store(self.folder, StorageConfig()).download(self.key, path)
-            if info.crc32c != self.crc32c:
+            if (info.crc32c != self.crc32c) if self.crc32c else (info.size, info.generation) != self.version:
                 raise self._changed()
             yield path
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import NoReturn
 
 from pretrain import log
+from pretrain.config import BatchConfig
 from pretrain.errors import ConfigError, TrainerError
+from pretrain.model_config import ModelConfig
 
 # No torch up here: a wrong setting is told before it is imported.
 
 RANK_0_SPEAKS_S = 5.0
+LESS_MEMORY = ("--model.loss_chunks 8", "--model.activation_checkpointing full")
 
 logger = log.get(__name__)
 
@@ -50,15 +55,8 @@ def explain(error: RuntimeError) -> TrainerError | None:
     import torch
 
     text = " ".join(str(error).split())
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        whose = "the GPU's" if isinstance(error, torch.OutOfMemoryError) else "this machine's"
-        full = ConfigError(
-            f"{whose} memory is full: {str(error).splitlines()[0]:.160}",
-            "Halve --batch.micro_size (the global batch stays the same), "
-            "--model.loss_chunks 8, or --model.activation_checkpointing full.",
-        )
-        full.shared = False  # another rank may have room
-        return full
+    if _is_out_of_memory(error):
+        return _memory_is_full(error, ["a smaller --batch.micro_size (the global batch stays the same)", *LESS_MEMORY])
     if "EADDRINUSE" in text:
         port = os.environ.get("MASTER_PORT", "")
         what = f"the ranks can't meet at MASTER_PORT {port}: it is in use on this machine"
@@ -67,6 +65,49 @@ def explain(error: RuntimeError) -> TrainerError | None:
         cause = text.partition(". ")[0]
         return PeerLost(f"another rank is gone or out of reach: {cause:.160}", "The rank that ended first says why.")
     return None
+
+
+@contextlib.contextmanager
+def memory_advice(batch: BatchConfig, model: ModelConfig, world_size: int) -> Iterator[None]:
+    """Say which settings to change, and to which numbers, where the memory runs out in the block.
+
+    Raises:
+        ConfigError: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _memory_is_full(error, _smaller(batch, model, world_size)) from error
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _memory_is_full(error: RuntimeError, changes: list[str]) -> ConfigError:
+    """The error, with the changes of which any would help."""
+    whose = "this machine's" if "can't allocate memory" in str(error) else "the GPU's"
+    mend = f"Give {', or '.join(changes)}." if changes else "Take a smaller model, more ranks or a larger machine."
+    full = ConfigError(f"{whose} memory is full: {str(error).splitlines()[0]:.160}", mend)
+    full.shared = False  # another rank may have room
+    return full
+
+
+def _smaller(batch: BatchConfig, model: ModelConfig, world_size: int) -> list[str]:
+    """What takes less memory than these settings, cheapest first, each with its number."""
+    micro = batch.micro_size
+    sizes = [size for size in range(1, micro) if batch.global_size % (size * world_size) == 0]
+    changes = [f"--batch.micro_size {max(sizes)} (it is {micro}; the global batch stays the same)"] if sizes else []
+    loss_chunks, recomputing = LESS_MEMORY
+    if model.loss_chunks == 1:
+        changes.append(loss_chunks)
+    if model.activation_checkpointing != "full":
+        changes.append(recomputing)
+    return changes
 
 
 def end_at_once(exit_code: int) -> NoReturn:

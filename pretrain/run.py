@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +13,7 @@ import torch
 
 from model import GPT
 from pretrain import budget, log
+from pretrain.batches import Position
 from pretrain.budget import Prediction
 from pretrain.config import Config
 from pretrain.corpus import Corpus
@@ -17,13 +21,20 @@ from pretrain.divergence import Watch
 from pretrain.engine.base import Engine, StepResult
 from pretrain.errors import StorageError
 from pretrain.generation import sample_text
-from pretrain.hardware import GpuMonitor, describe_machine, device_name, peak_flops
+from pretrain.hardware import describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
+from pretrain.ledger import spent_budget
 from pretrain.metrics import Metrics
-from pretrain.plan import make_setup
+from pretrain.mixture import Mixture
+from pretrain.power import EnergyWindow
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
+from pretrain.read_ahead import ReadAhead
+from pretrain.stopping import StopRequest
+from pretrain.telemetry import Telemetry
+
+LOOK_EVERY_S = 0.5  # while a batch is waited for: for a signal, and whether data arrives
 
 logger = log.get(__name__)
 
@@ -39,14 +50,16 @@ class Run:
         total_steps: step at which the run ends.
         prediction: of memory and speed; None on a CPU.
         beat: told the number of each step that has ended; the watchdog listens.
+        excuse: told that no step can end, and that this is no hang; the watchdog listens.
 
     Attributes:
         first_step: step at which this process began, or went back to where that is lower.
-        flops_per_token: of training, model FLOPs.
         peak_flops: of one rank's device, FLOP/s.
         about: what is constant in a run, for metadata.json.
         stopped: whether a signal ended the loop.
+        spent: which budget ended the loop, in words, or ''.
         timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
+        unrecorded_steps, unrecorded_seconds: since the last record.
         val_loss: of the last validation.
     """
 
@@ -58,22 +71,27 @@ class Run:
     engine: Engine
     keeper: Keeper
     metrics: Metrics
+    telemetry: Telemetry
     history: LossTracker
     watch: Watch
     progress: Progress
     total_steps: int
     prediction: Prediction | None = None
     stopped: bool = False
+    spent: str = ""
     timed_steps: int = 0
     timed_seconds: float = 0.0
+    unrecorded_steps: int = 0
+    unrecorded_seconds: float = 0.0
     val_loss: float | None = None
     beat: Callable[[int], None] = lambda _step: None
+    excuse: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         precision = self.config.train.precision
         self.first_step = self.progress.step
-        self.flops_per_token = self.config.model.flops_per_token
-        self.monitor = GpuMonitor(self.device)
+        self.engine.mark = self.telemetry.mark
+        self._energy = EnergyWindow()
         self.peak_flops, source = peak_flops(self.device, precision)
         self.about: dict[str, Any] = {
             "run": self.config.run.name,
@@ -84,17 +102,42 @@ class Run:
         }
         if self.prediction:
             self.about["predicted"] = self.prediction.to_json()
-        if self.monitor.problem:
-            logger.warning("no GPU figures in the metrics: %s", self.monitor.problem)
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
+        if isinstance(self.corpus.batches, Mixture):
+            for line in self.corpus.batches.outlook(self.total_steps):
+                logger.info(line)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
+
+    def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
+        """Begin a step: wait until every rank has its batch, or one is asked to stop (`stopped`).
+
+        A wait while data arrives, on whatever rank, is no hang. Every rank must call it.
+
+        Returns:
+            seconds that a rank without its batch had the others wait.
+        """
+        self.telemetry.begin_step(self.progress.step + 1)
+        started, arrived, waits = time.perf_counter(), self.corpus.batches.arrived, True
+        waited_s = 0.0
+        with self.phase("data_wait"):
+            while waits and not self.stopped:
+                is_ready = stream.ready(LOOK_EVERY_S if waited_s else 0.0)
+                arrives, arrived = self.corpus.batches.arrived != arrived, self.corpus.batches.arrived
+                self.stopped, waits, arrives = self.ranks.any_of(bool(stop), not is_ready, arrives)
+                if waits:
+                    waited_s = max(time.perf_counter() - started, 1e-9)
+                if waits and arrives:
+                    self.excuse()
+        return waited_s and time.perf_counter() - started
 
     def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""
         self.beat(progress.step)
         self.progress = progress
+        self.unrecorded_steps += 1
+        self.unrecorded_seconds += step_s
         if progress.step > self.first_step + 1:
             self.timed_steps += 1
             self.timed_seconds += step_s
@@ -106,22 +149,33 @@ class Run:
         """The loss scale of fp16; None in other precisions, which have none."""
         return self.engine.state().loss_scale if self.config.train.precision == "fp16" else None
 
-    def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilization, 0 to 1: useful FLOP/s over the peak of all devices (PaLM, appendix B)."""
-        return tokens_per_second * self.flops_per_token / (self.peak_flops * self.ranks.world_size)
+    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """The phase that a block is, for the telemetry; see phases.PHASES."""
+        return self.telemetry.phase(name)
 
-    def record(
-        self, result: StepResult, loss: float, lr: float, step_s: float, data_wait_s: float, val_loss: float | None
-    ) -> None:
-        """Record the step just taken.
+    def mfu(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOPs utilization, 0 to 1: useful FLOP/s over the peak of all devices (PaLM, appendix B).
+
+        Returns:
+            mfu, which counts the whole square of attention, as most publish it; mfu_causal, which counts half of it.
+        """
+        rate, model = tokens_per_second / (self.peak_flops * self.ranks.world_size), self.config.model
+        return {"mfu": rate * model.flops_per_token, "mfu_causal": rate * model.causal_flops_per_token}
+
+    def record(self, result: StepResult, loss: float, lr: float, val_loss: float | None) -> None:
+        """Record the step just taken; times and rates are means over the steps since the record before. Every rank must
+        call it.
 
         Args:
             loss: mean over the ranks, nats per token.
-            step_s: of the whole step, the wait for its batch included.
             val_loss: where this step was validated.
         """
-        progress, tokens_per_second = self.progress, self.config.tokens_per_step / step_s
+        progress, steps = self.progress, self.unrecorded_steps
+        step_s = self.unrecorded_seconds / steps
+        self.unrecorded_steps, self.unrecorded_seconds = 0, 0.0
+        tokens_per_second = self.config.tokens_per_step / step_s
         self.history.update(progress.step, loss, lr)
+        self._energy.add(self._energy_j(), steps * self.config.tokens_per_step)
         self.metrics.record(
             {
                 "step": progress.step,
@@ -130,6 +184,7 @@ class Run:
                 "tokens": progress.tokens,
                 "loss": loss,
                 "val_loss": val_loss,
+                **self.shares(),
                 "lr": lr,
                 "grad_norm": result.grad_norm,
                 "loss_scale": self.loss_scale,
@@ -137,11 +192,45 @@ class Run:
                 "tokens_per_second": tokens_per_second,
                 "steps_per_second": 1 / step_s,
                 "step_ms": step_s * 1e3,
-                "data_wait_ms": data_wait_s * 1e3,
-                "mfu": self.mfu(tokens_per_second),
-                **self.monitor.sample(),
+                **self.mfu(tokens_per_second),
+                **self.telemetry.figures(),
+                **self._energy.figures(at_once=progress.step == self.total_steps),
             }
         )
+
+    def shares(self) -> dict[str, float]:
+        """share/NAME and tokens/NAME of each source of a mixture: its part of what was read, and the target tokens.
+
+        Read are also the windows that a roll-back passed over.
+        """
+        batches = self.corpus.batches
+        given = batches.windows_of(self.progress.position) if isinstance(batches, Mixture) else {}
+        total, seq_len = sum(given.values()) or 1, self.config.model.seq_len
+        found: dict[str, float] = {f"share/{name}": count / total for name, count in given.items()}
+        return found | {f"tokens/{name}": count * seq_len for name, count in given.items()}
+
+    def _energy_j(self) -> float | None:
+        """Joules that the devices of all nodes have used since this process began; None where one node can't tell."""
+        own, ranks = self.telemetry.energy_j, self.ranks
+        if ranks.world_size == ranks.local_world_size:
+            return own
+        speaks = ranks.local_rank == 0
+        total = ranks.mean((math.nan if own is None else own) if speaks else 0.0) * ranks.world_size
+        return None if math.isnan(total) else total
+
+    def check_budget(self) -> None:
+        """Set `spent` where the run has taken what it may take. Every rank must call it."""
+        train = self.config.train
+        if not train.budget_hours and not train.budget_usd:
+            return
+        spent = spent_budget(self.metrics.ledger, train, time.time()) if self.ranks.is_first else ""
+        if self.ranks.any(bool(spent)):
+            self.spent = self.ranks.from_first({"spent": spent})["spent"]
+
+    def ledger(self) -> dict[str, Any]:
+        """What the run has taken over all its starts; for rank 0, which has the books."""
+        totals = self.metrics.ledger.totals(time.time(), self.config.train.price_per_gpu_hour)
+        return {**totals, "step": self.progress.step, "tokens": self.progress.tokens}
 
     def sample(self) -> None:
         """Have the model continue `log.sample_prompt`, where there is one. Every rank must call it."""
@@ -163,11 +252,12 @@ class Run:
         progress, keeper, checkpoint = self.progress, self.keeper, self.config.checkpoint
         speed = self.timed_steps * self.config.tokens_per_step / self.timed_seconds if self.timed_steps else None
         return {
-            "finished": not self.stopped,
+            "finished": not self.stopped and not self.spent,
             "steps": progress.step,
             "steps_of_this_process": progress.step - self.first_step,
             "tokens": progress.tokens,
             "files_processed": progress.files,
+            **self.shares(),
             "shards_skipped": len(self.corpus.skipped_shards),
             "skipped_shard_names": list(self.corpus.skipped_shards),
             "updates_skipped": progress.skipped_updates,
@@ -180,8 +270,9 @@ class Run:
             "unigram_entropy": self.corpus.unigram_entropy,
             "loss_scale": self.loss_scale,
             "tokens_per_second": speed,
-            "mfu": self.mfu(speed) if speed else None,
+            **(self.mfu(speed) if speed else {"mfu": None, "mfu_causal": None}),
             "step_seconds": progress.seconds,
+            "ledger": self.ledger(),
             **self.about,
             "checkpoints_committed": len(keeper.committed),
             "checkpoints_verified": self._count_verified(),
@@ -203,15 +294,9 @@ class Run:
     def next_commands(self) -> list[tuple[str, str]]:
         """(what, command) that a user may want now."""
         again = f"the same command with --run {self.config.run.name} --resume auto"
+        ended_early = self.stopped or self.spent
         return [
             ("see the curves", f"tensorboard --logdir {self.config.log.dir}"),
-            ("go on", again) if self.stopped else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
+            ("go on", again) if ended_early else ("train longer", f"{again} --max-steps {2 * self.total_steps}"),
             ("look at the real job", "DATA=gs://… CHECKPOINTS=gs://… bash prod_train.sh --dry-run"),
         ]
-
-
-def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
-    """See `budget.check_memory`."""
-    engine, optim, precision = config.engine, config.optim, config.train.precision
-    setup = make_setup(config.model, config.batch, engine, optim, precision, ranks.world_size)
-    return budget.check_memory(setup, device, ranks, force)

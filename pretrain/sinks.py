@@ -16,6 +16,7 @@ from pretrain.errors import ConfigError
 
 RUN_ID_FILE = "wandb_run_id"
 PATIENCE_S = 20  # a run waits no longer than this for W&B at its start, nor at its end: spot machines give 30 s
+FLUSH_S = 1.0
 
 _log = log.get(__name__)
 
@@ -38,11 +39,13 @@ class Sink:
 
 def tag(field: str) -> str:
     """The chart of a field, in groups: train/loss, perf/mfu, system/gpu_power_w, val/loss."""
+    if field.startswith(("share/", "tokens/")):  # of a mixture's sources
+        return f"data/{field}"
     if field.startswith("val_"):
         return f"val/{field.removeprefix('val_')}"
-    if field.startswith(("gpu_", "host_")):
+    if field.startswith(("gpu_", "cpu_", "host_", "power_", "energy_")):
         return f"system/{field}"
-    if field == "mfu" or field.endswith(("_ms", "_per_second")):
+    if field.startswith("mfu") or field.endswith(("_ms", "_per_second")):
         return f"perf/{field}"
     return f"train/{field}"
 
@@ -54,14 +57,15 @@ def _charts(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardSink(Sink):
-    """TensorBoard event files in `folder`; after a resume, points beyond `first_step` of earlier files are hidden."""
+    """TensorBoard event files in `folder`; what earlier files have of the steps beyond `first_step` is hidden, also
+    where a run that was killed before its first checkpoint begins anew."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], first_step: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(f"log.tensorboard is on: {error}", "bash setup_env.sh, or --no-tensorboard") from error
-        self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
         self._writer: Any = self._open(first_step)
         self._writer.add_text("settings", _indented(settings), first_step)
 
@@ -99,10 +103,23 @@ def _verbatim(text: str) -> str:
 class WandbSink(Sink):
     """Weights & Biases, offline where no API key is set; whatever goes wrong there is a warning and no more.
 
-    The run id is kept in `folder`/wandb_run_id, so that a resumed run goes on as the same W&B run.
+    The run id is kept in `folder`/wandb_run_id, so that a resumed run goes on as the same W&B run. W&B can't take back
+    what it was sent, so steps that are taken again are not sent again: each stands there once, as it was first. Of a
+    process that was killed the steps of its last second may be missing.
+
+    Args:
+        shown_until: the last step that an earlier process of the same W&B run has shown.
     """
 
-    def __init__(self, folder: Path, project: str, run_name: str, settings: Mapping[str, Any], first_step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        run_name: str,
+        settings: Mapping[str, Any],
+        first_step: int,
+        shown_until: int = 0,
+    ) -> None:
         try:
             import wandb
         except ImportError as error:
@@ -111,6 +128,8 @@ class WandbSink(Sink):
         self._folder = folder
         self._settings = {"project": project, "name": run_name, "config": dict(settings)}
         self._id = _wandb_run_id(folder, first_step)
+        self._shown_until = shown_until if first_step else 0
+        self._sampled_until = self._shown_until
         self._run: Any = None
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
         try:
@@ -129,6 +148,7 @@ class WandbSink(Sink):
             init_timeout=PATIENCE_S,
             finish_timeout=PATIENCE_S,
             finish_timeout_raises=True,
+            x_transaction_log_flush_interval=FLUSH_S,  # a kill loses what the offline file does not have yet
         )
         resume = "allow" if mode == "online" else None  # offline the id alone does it
         self._run = self._wandb.init(
@@ -151,11 +171,13 @@ class WandbSink(Sink):
             _log.warning("W&B failed and is off until the next start: %s", " ".join(str(error).split()))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        if self._run is not None:
+        if self._run is not None and record["step"] > self._shown_until:
+            self._shown_until = record["step"]
             self._guard(self._run.log, {"step": record["step"], **_charts(record)})
 
     def event(self, kind: str, fields: Mapping[str, Any]) -> None:
-        if kind == "sample" and self._run is not None:
+        if kind == "sample" and self._run is not None and fields["step"] > self._sampled_until:
+            self._sampled_until = fields["step"]
             self._guard(self._show_sample, fields)
 
     def _show_sample(self, fields: Mapping[str, Any]) -> None:

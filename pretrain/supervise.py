@@ -59,10 +59,10 @@ from pretrain.errors import (
     StorageError,
     TrainerError,
 )
+from pretrain.ledger import RESTARTS_FILE
 from pretrain.processes import RESTARTED, Command, LaunchedCommand
 from pretrain.stopping import StopRequest, stop_request
 
-RESTARTS_FILE = "restarts.jsonl"
 POLL_S = 0.2
 KILLED = 128 + signal.SIGKILL
 MENDED_BY_HAND = (ConfigError, ShardError, CheckpointError, DivergenceError)

@@ -27,6 +27,7 @@ from pretrain.checkpoint_manifest import Manifest
 from pretrain.discovery import take_inventory
 from pretrain.errors import EXIT_DONE, CheckpointError, TrainerError
 from pretrain.metrics import METRICS_FILE
+from pretrain.mixture import position_from
 from pretrain.processes import end_with_parent
 from pretrain.progress import TRAINER_STATE_FILE
 
@@ -187,7 +188,7 @@ class Trial:
         found = {}
         for name in take_inventory(self.checkpoints, None, self.name).local:
             state = json.loads((self.checkpoints / str(name) / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-            found[name.step] = Position(**state["progress"]["position"])
+            found[name.step] = position_from(state["progress"]["position"])
         return found
 
     def _last_words(self) -> str:

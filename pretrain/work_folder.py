@@ -90,6 +90,8 @@ def with_checksums(files: Sequence[RawFile], work: Path, on_bytes: Callable[[int
         known = parsed(path.read_bytes(), str(path))
 
     def checked(file: RawFile) -> RawFile:
+        if not file.is_local and not file.crc32c and file.generation:
+            return file  # to read all of a hub only for its checksums would fetch it twice
         *seen, crc32c = known.get(f"{file.folder}/{file.key}", [""])
         if file.crc32c or seen == [file.size, file.generation]:
             return dataclasses.replace(file, crc32c=file.crc32c or crc32c)

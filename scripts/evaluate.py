@@ -7,10 +7,11 @@
 
 CHECKPOINT is a checkpoint's folder, a run's folder (its newest that verifies), the gs:// url of either, or a folder in
 the layout of Hugging Face. Windows of the model's context advance by --stride and only their last --stride tokens are
-scored: a smaller stride gives every token more context, and takes longer. Bits per byte count the end of each document
-as nats without bytes. Tasks run on an export by lm-eval-harness, an extra for Python 3.11 and newer: pip install -r
-requirements.txt -r requirements-eval.txt. Exit codes: 0 done, 2 wrong settings, 3 bad data, 4 storage, 5 no checkpoint
-or a damaged one, 6 the loss is not finite, 130 stopped by Ctrl+C.
+scored: a smaller stride gives every token more context, and takes longer. A model that was trained with
+data.document_mask keeps documents apart here, too. Bits per byte count the end of each document as nats without bytes.
+Tasks run on an export by lm-eval-harness, an extra for Python 3.11 and newer: pip install -r requirements.txt -r
+requirements-eval.txt. Exit codes: 0 done, 2 wrong settings, 3 bad data, 4 storage, 5 no checkpoint or a damaged one, 6
+the loss is not finite, 130 stopped by Ctrl+C.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def measure(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     from pretrain.pretrained import is_hf_folder, load_pretrained
 
     device = torch.device(options.device)
-    pretrained = load_pretrained(options.checkpoint, device=device, dtype=PRECISION_DTYPES[options.dtype])
+    pretrained = load_pretrained(options.checkpoint, device=device, dtype=PRECISION_DTYPES[options.dtype], packed=True)
     if options.tasks and pretrained.tokenizer is None and not is_hf_folder(options.checkpoint):
         raise ConfigError(f"{pretrained.name} has no tokenizer.json, which --tasks needs", "Leave out --tasks.")
     stride = options.stride or pretrained.config.seq_len

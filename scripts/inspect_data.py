@@ -6,8 +6,8 @@
 
 Options that are not listed below are settings of train.py (--data, --batch.global_size, --seed, …); a step is found by
 the same ones that trained it. With --run they come from the newest checkpoint of that run, which also knows the
-roll-backs: these pass over data, and then a step's place does not follow from its number. --step fetches the shards
-into the cache as train.py does; --stats reads one after the other and keeps none.
+roll-backs: these pass over data, and then a step's place does not follow from its number. --step fetches the shards of
+that step into the cache, as train.py does; --stats reads one after the other and keeps none.
 
 Exit codes: 0 done, 2 wrong settings, 3 bad or missing shards, 4 storage, 5 a checkpoint that does not tell.
 """
@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ from pretrain.data_views import StepView, print_stats, token_text
 from pretrain.errors import EXIT_DONE, CheckpointError, ConfigError, ShardError, TrainerError
 from pretrain.lookup import Saved, local_copy, planned, recorded, windows_at
 from pretrain.manifest import TOKENIZER_NAME, DataManifest
-from pretrain.shards import ShardSet, fetch_shards, missing_shards, read_manifest, select_shards
+from pretrain.mixture import alone, lay_out
+from pretrain.shards import ShardSet, missing_shards, open_shards, read_manifest, select_shards
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import load_tokenizer
 
@@ -67,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         catalog = open_catalog(options)
         subject = find_subject(options, settings, catalog)
-        store = open_store(subject.config.data.source, subject.config.storage)
-        console.print(f"data: {store.describe()}")
-        tokenizer = find_tokenizer(options, store, catalog, subject)
+        places = {name: open_store(one.source, subject.config.storage) for name, one in alone(subject.config.data)}
+        if options.stats and len(places) > 1:
+            raise ConfigError("--stats counts one source, and data.sources names several", "Name one: --data URL")
+        for store in places.values():
+            console.print(f"data: {store.describe()}")
+        tokenizer = find_tokenizer(options, places, catalog, subject)
         if options.stats:
             return show_stats(options, subject.config, store, tokenizer, console)
-        return show_step(options, subject, store, tokenizer, console)
+        return show_step(options, subject, places, tokenizer, console)
     except TrainerError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_code
@@ -145,7 +149,7 @@ def find_subject(options: argparse.Namespace, settings: list[str], catalog: Cata
 
 
 def find_tokenizer(
-    options: argparse.Namespace, store: ObjectStore, catalog: Catalog, subject: Subject
+    options: argparse.Namespace, places: Mapping[str, ObjectStore], catalog: Catalog, subject: Subject
 ) -> Tokenizer | None:
     """The one that was named, the one beside the shards, the run's; None where there is none.
 
@@ -154,7 +158,7 @@ def find_tokenizer(
     """
     if options.tokenizer:
         return load_tokenizer(options.tokenizer)
-    if store.stat(TOKENIZER_NAME):
+    if store := next((store for store in places.values() if store.stat(TOKENIZER_NAME)), None):
         with local_copy(store, TOKENIZER_NAME) as path:
             return load_tokenizer(path)
     if subject.entry and subject.entry.manifest and TOKENIZER_NAME in subject.entry.manifest.files:
@@ -169,26 +173,28 @@ def find_tokenizer(
 
 
 def show_step(
-    options: argparse.Namespace, subject: Subject, store: ObjectStore, tokenizer: Tokenizer | None, console: Console
+    options: argparse.Namespace,
+    subject: Subject,
+    places: Mapping[str, ObjectStore],
+    tokenizer: Tokenizer | None,
+    console: Console,
 ) -> int:
     """Shards, windows and documents of one step; the exit code."""
     config = subject.config
-    may_be_larger = bool(config.model.init_from)
-    shards = fetch_shards(store, config.data, vocab_size=config.model.vocab_size, may_be_larger=may_be_larger)
-    for name in shards.skipped:
-        console.print(f"left out, as data.on_bad_shard says: {name}")
-    batches = Batches(
-        shards.shards,
-        seq_len=config.model.seq_len,
-        global_size=config.batch.global_size,
-        seed=config.run.seed,
-        shuffle_shards=config.data.shuffle_shards,
-    )
+    vocab_size, may_be_larger = config.model.vocab_size, bool(config.model.init_from)
+    shards = {
+        name: open_shards(places[name], one, vocab_size=vocab_size, may_be_larger=may_be_larger)
+        for name, one in alone(config.data)
+    }
+    for shard in (shard for each in shards.values() for shard in each.skipped):
+        console.print(f"left out, as data.on_bad_shard says: {shard}")
+    order = {"seq_len": config.model.seq_len, "global_size": config.batch.global_size, "seed": config.run.seed}
+    batches = lay_out(config.data, shards, **order)
     position = find_position(options.step, subject, batches, shards)
     windows = windows_at(batches, position)
     if options.window is not None and not 0 <= options.window < len(windows):
         raise ConfigError(f"step {options.step} has no window {options.window}", f"They are 0 to {len(windows) - 1}")
-    view = StepView(store, config.data, tokenizer)
+    view = StepView(places, config.data, tokenizer)
     chosen = windows if options.window is None else [windows[options.window]]
     console.print(
         f"step {options.step}: {len(windows)} windows of {batches.seq_len} tokens from epoch {position.epoch}, shard "
@@ -205,7 +211,7 @@ def show_step(
     return EXIT_DONE
 
 
-def find_position(step: int, subject: Subject, batches: Batches, shards: ShardSet) -> Position:
+def find_position(step: int, subject: Subject, batches: Batches, shards: Mapping[str, ShardSet]) -> Position:
     """Where the step's windows begin.
 
     Raises:
@@ -216,7 +222,7 @@ def find_position(step: int, subject: Subject, batches: Batches, shards: ShardSe
     from pretrain.progress import DataOrder  # here, because it imports torch
 
     config = subject.config
-    order = DataOrder(shards.fingerprint, config.run.seed, config.model.seq_len, config.data.shuffle_shards)
+    order = DataOrder.of(config.data, shards, config.run.seed, config.model.seq_len)
     newest, *older = (Saved.from_state(state, label) for label, state in subject.states.items())
     order.check(subject.states[newest.name].get("order", {}), newest.name)
     return recorded(batches, step, newest, older)

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 
 from pretrain import memory, plan
-from pretrain.arguments import parse
-from pretrain.config import Config
+from pretrain.arguments import gives_sources, parse
+from pretrain.config import Config, EngineConfig
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
@@ -49,6 +49,7 @@ SHORT_FORMS = {
     "--vocab_size": "model.vocab_size",
     "--family": "model.family",
     "--activation_checkpointing": "model.activation_checkpointing",
+    "--price_per_gpu_hour": "train.price_per_gpu_hour",
 }
 SHAPE = ("n_layer", "n_head", "n_kv_head", "d_model", "head_dim", "d_ff")
 COMPARED_SIZES = 5
@@ -64,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.models:
             return show_models(config.model, options.family or "", console, options.json)
         gpu = Gpu.named(options.gpu)
-        setup = plan.make_setup(
-            config.model, config.batch, config.engine, config.optim, config.train.precision, options.gpus
-        )
+        setup = setup_of(config, config.engine, options.gpus)
+        if config.batch.is_auto:
+            largest = memory.largest_micro_size(setup, memory.available_bytes(gpu.memory_bytes))
+            setup = setup.with_micro_size(largest or 1)
         if options.scaling:
             return show_scaling(setup, gpu, config, console, options.json)
         if options.compare:
@@ -90,7 +92,6 @@ def build_parser() -> argparse.ArgumentParser:
     for option, field in SHORT_FORMS.items():
         parser.add_argument(option, help=f"as --{field}")
     parser.add_argument("--shards", type=int, default=0, help="files that hold the tokens, for the bucket's traffic")
-    parser.add_argument("--price_per_gpu_hour", type=float, default=0.0, help="of one GPU, in your currency")
     parser.add_argument("--compare", action="store_true", help="engines × activation checkpointing × micro batch")
     parser.add_argument("--scaling", action="store_true", help="engines × 1 to 64 nodes: bytes, step, efficiency")
     parser.add_argument("--models", action="store_true", help="every size with its exact count")
@@ -106,7 +107,7 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
     """
     if options.gpus < 1:
         raise ConfigError(f"--gpus is {options.gpus}, expected at least 1")
-    argv = ["--config", options.config, "--data", "planned"]
+    argv = ["--config", options.config, *([] if gives_sources(others) else ["--data", "planned"])]
     if options.model:
         argv += ["--model.size", options.model]
         argv += [] if options.family else ["--model.family", ""]
@@ -117,6 +118,12 @@ def read_config(options: argparse.Namespace, others: list[str]) -> Config:
         if (value := getattr(options, option.removeprefix("--"))) is not None:
             argv += [f"--{field}", value]
     return parse(argv + others, world_size=options.gpus).config
+
+
+def setup_of(config: Config, engine: EngineConfig, world_size: int) -> Setup:
+    """What decides the memory of a run with these settings on another engine or number of GPUs."""
+    batch, optim, masked = config.batch, config.optim, config.data.document_mask
+    return plan.make_setup(config.model, batch, engine, optim, config.train.precision, world_size, masked)
 
 
 # ---- one plan ----
@@ -161,7 +168,7 @@ def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: arg
         "gpu_hours": round(hours * setup.world_size, 1),
         "energy_kwh": round(hours * setup.world_size * gpu.power_w / 1000, 1),
         "power_w_per_gpu": gpu.power_w,
-        "cost": round(hours * setup.world_size * options.price_per_gpu_hour, 2) or None,
+        "cost": round(hours * setup.world_size * config.train.price_per_gpu_hour, 2) or None,
         "checkpoint_gb": round(checkpoint / GB, 2),
         "checkpoints": count,
         "uploaded_gb": None if count is None else round(count * checkpoint / GB, 1),
@@ -258,20 +265,8 @@ def choices(setup: Setup, config: Config) -> list[Setup]:
     changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
     if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
         changes = [change for change in changes if change.get("zero_stage") != 0]
-    batch, optim, precision = config.batch, config.optim, config.train.precision
     engines = [dataclasses.replace(config.engine, **change) for change in changes]
-    changed = [plan.make_setup(config.model, batch, each, optim, precision, setup.world_size) for each in engines]
-    changed = [
-        plan.make_setup(
-            config.model,
-            config.batch,
-            dataclasses.replace(config.engine, **change),
-            config.optim,
-            config.train.precision,
-            setup.world_size,
-        )
-        for change in changes
-    ]
+    changed = [setup_of(config, engine, setup.world_size) for engine in engines]
     return [each.with_checkpointing(kind) for each in changed for kind in ("none", "selective", "full")]
 
 

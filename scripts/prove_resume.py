@@ -29,13 +29,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pretrain.arguments import ROOT, parse, to_yaml
+from pretrain.arguments import ROOT, gives_sources, parse, to_yaml
 from pretrain.batches import Batches
 from pretrain.checks import Check, publish
 from pretrain.config import Config
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.files import make_writable
 from pretrain.listings import print_fields, print_table
+from pretrain.mixture import alone, lay_out
 from pretrain.proof import (
     MADE_EPOCHS,
     differing_records,
@@ -47,7 +48,7 @@ from pretrain.proof import (
     small_schedule,
     windows_off,
 )
-from pretrain.shards import fetch_shards
+from pretrain.shards import open_shards
 from pretrain.storage import open_store
 from pretrain.trial import Record, Trial, random_moments
 
@@ -125,7 +126,8 @@ def prove(options: argparse.Namespace, more: Sequence[str], folder: Path, consol
 def settings(options: argparse.Namespace, more: Sequence[str], folder: Path) -> tuple[Config, Config]:
     """The config as it is given, and as it is proved."""
     # a placeholder comes first, so what the user gives wins; a bucket that only the config names is left alone
-    made_here = ["--data.source", MADE_HERE, "--checkpoint.url", MADE_HERE]
+    made_here = [] if gives_sources(more) else ["--data.source", MADE_HERE]
+    made_here += ["--checkpoint.url", MADE_HERE]
     given = parse(["--config", options.config, *made_here, *more], options.ranks).config
     has_data, has_url = given.data.source != MADE_HERE, given.checkpoint.url != MADE_HERE
     replace, steps = dataclasses.replace, options.steps
@@ -151,6 +153,7 @@ def settings(options: argparse.Namespace, more: Sequence[str], folder: Path) -> 
     )
     if not has_data:  # validation shards are of another vocabulary than those made here
         made = replace(config.data, val_source="", pad_token_id=-1, max_files=0, pattern="*.npz")
+        made = replace(made, eot_token_id=0 if made.document_mask else -1)
         config = replace(config, data=made)
     return given, config if options.full_size else made_small(config, steps, options.ranks, has_data)
 
@@ -273,14 +276,12 @@ def tell(
 
 def batches_of(config: Config) -> Batches:
     """The data order of both runs, from the cache that they filled."""
-    store = open_store(config.data.source, config.storage)
-    return Batches(
-        fetch_shards(store, config.data, vocab_size=config.model.vocab_size).shards,
-        seq_len=config.model.seq_len,
-        global_size=config.batch.global_size,
-        seed=config.run.seed,
-        shuffle_shards=config.data.shuffle_shards,
-    )
+    shards = {
+        name: open_shards(open_store(one.source, config.storage), one, vocab_size=config.model.vocab_size)
+        for name, one in alone(config.data)
+    }
+    how = {"seq_len": config.model.seq_len, "global_size": config.batch.global_size, "seed": config.run.seed}
+    return lay_out(config.data, shards, **how)
 
 
 if __name__ == "__main__":

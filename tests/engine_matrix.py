@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from model import GPT
+from pretrain import optim
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
-from pretrain.engine import zero
+from pretrain.engine import fsdp, zero
 from pretrain.engine.base import Engine, EngineState, ParameterState
 from pretrain.engine.build import build_engine
 from pretrain.model_config import ModelConfig
+from pretrain.pretrained import first_weights
 from pretrain.ranks import Ranks
 from tests.helpers_training import copied_states
 
@@ -60,16 +65,22 @@ class Bench:
 
     Args:
         folder: for the ds_config.json; the same on all ranks.
+        shape: instead of the family's.
     """
 
     ranks: Ranks
     folder: Path
     precision: str = "fp32"
     family: str = "gpt"
+    shape: ModelConfig | None = None
 
-    def build(self, kind: str, seed: int = 0) -> Engine:
-        """An engine over a model with seeded weights; DeepSpeed's fp16 is let run on a CPU, which can multiply it."""
-        torch.manual_seed(seed)
+    def build(self, kind: str, seed: int | None = 0, *, whole: bool = False) -> Engine:
+        """An engine as train.py builds it; DeepSpeed's fp16 is let run on a CPU, which can multiply it.
+
+        Args:
+            seed: of the weights; None: it has none yet.
+            whole: over a model that was built whole before.
+        """
         file = self.folder / f"ds{self.ranks.rank}.json"
         # small buckets, so that there are several, and no parameter that stage 3 leaves whole
         small = {"reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
@@ -80,9 +91,14 @@ class Bench:
             from deepspeed.accelerator import get_accelerator
 
             get_accelerator().is_fp16_supported = lambda: True
-        model = GPT(FAMILIES[self.family], "sdpa")
+        shape = self.shape or FAMILIES[self.family]
+        torch.manual_seed(seed or 0)
+        with torch.device("cpu" if whole else "meta"):
+            model = GPT(shape, "sdpa")
         engine = build_engine(model, settings, OPTIM, BATCH, self.precision, CPU, self.ranks)
         assert engine.name == settings.name
+        if seed is not None and not whole:
+            engine.initialise(first_weights(shape, seed))
         return engine
 
     def tokens(self, step: int) -> Tensor:
@@ -99,6 +115,42 @@ class Bench:
             assert result.applied
             curve.append([self.ranks.mean(float(result.loss)), result.grad_norm])
         return curve
+
+
+class Memory:
+    """Counts the bytes that torch's CPU allocator gives out, by its profiler; `highest` above what was out before."""
+
+    highest = 0
+
+    def __enter__(self) -> Memory:
+        self._trace = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._trace.__exit__(None, None, None)
+        events = [event for event in self._trace.profiler.kineto_results.events() if event.name() == "[memory]"]
+        alive = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            alive += event.nbytes()
+            self.highest = max(self.highest, alive)
+
+
+def build_counted(bench: Bench, kind: str, *, whole: bool) -> dict[str, int]:
+    """Bytes while an engine is built up to its optimizer, and while it takes its first weights (0 where built whole)."""
+    module = zero if KINDS[kind]["name"] == "deepspeed" else fsdp
+    with contextlib.ExitStack() as until_the_optimizer:
+        building = until_the_optimizer.enter_context(Memory())
+
+        def build_adamw(*arguments: Any) -> torch.optim.AdamW:
+            until_the_optimizer.close()
+            return optim.build_adamw(*arguments)
+
+        with mock.patch.object(module, "build_adamw", build_adamw):
+            engine = bench.build(kind, seed=None, whole=whole)
+    with Memory() as beginning:
+        if not whole:
+            engine.initialise(first_weights(bench.shape, 0))
+    return {"building": building.highest, "beginning": beginning.highest}
 
 
 def keep(folder: Path, name: str, states: dict[str, ParameterState], state: EngineState, rank: int) -> None:
@@ -134,7 +186,8 @@ def resume_in_each_other(bench: Bench, kinds: list[str], reference: str = "") ->
         sources[reference] = kept(bench.folder, reference)
     curves = {}
     for source, (states, state) in sources.items():
-        for kind, engine in engines.items():
+        for kind, trained in engines.items():
+            engine = bench.build(kind, seed=None) if source == reference else trained  # as a resumed run has none yet
             engine.load(states.__getitem__, state)
             after = copied_states(engine)
             wrong = [name for name in after for key in after[name] if not after[name][key].equal(states[name][key])]

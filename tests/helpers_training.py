@@ -89,7 +89,7 @@ def differing(left: dict[str, ParameterState], right: dict[str, ParameterState])
 
 def make_snapshot(step: int = 1, rank: int = 0, world_size: int = 1):
     """A snapshot of TinyModel's shapes, its values telling the step."""
-    from pretrain.checkpoint import take_snapshot
+    from pretrain.snapshot import take_snapshot
 
     return take_snapshot(states_of(step), rank, world_size)
 

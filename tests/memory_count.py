@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from model import GPT, KERNELS, sdpa_attention
+from pretrain import document_mask
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.engine.native import NativeEngine
 from pretrain.memory import Setup
@@ -31,7 +32,7 @@ def count_peak(setup: Setup) -> int:
     batch, model = setup.batch, setup.model
     kernel = "plain" if model.attention == "plain" else "sdpa"
     with _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
-        gpt = GPT(model, kernel)
+        gpt = GPT(model, kernel, document_mask.DocumentMask(kernel, 0) if setup.document_mask else None)
         with mock.patch.object(gpt, "to", lambda what: _converted(gpt, what)):
             engine = NativeEngine(gpt, OptimConfig(), EngineConfig(name="native"), setup.precision, CPU, 1)
         tracker = MemTracker()
@@ -64,8 +65,13 @@ def _as_on_a_gpu() -> Iterator[None]:
         return FusedRMSNorm.apply(x, weight, eps)
 
     fused = {"sdpa": lambda q, k, v, dropout: sdpa_attention(q, k, v, 0.0)}
+    masked = document_mask.sdpa_attend
+    fused_documents = document_mask.DocumentKernel(
+        document_mask.sdpa_mask, lambda q, k, v, dropout, mask: masked(q, k, v, 0.0, mask)
+    )
     with (
         mock.patch.dict(KERNELS, fused),
+        mock.patch.dict(document_mask.DOCUMENT_KERNELS, {"sdpa": fused_documents}),
         mock.patch("torch.nn.functional.dropout", dropout),
         mock.patch("torch.nn.functional.rms_norm", rms_norm),
     ):

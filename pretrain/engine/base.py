@@ -5,7 +5,7 @@ An engine yields and takes *named full fp32 tensors*. That is why a checkpoint k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -16,6 +16,10 @@ from pretrain.failpoints import failpoint
 
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+# Told each phase of a step as it begins: "forward", "backward", "optimizer", and "other" when the step is over. A phase
+# ends where the next one begins; with several micro-batches they come several times.
+Mark = Callable[[str], None]
 
 # Of one parameter: {"weight": …, "exp_avg": …, "exp_avg_sq": …}, each fp32 and of the parameter's full shape.
 ParameterState = dict[str, Tensor]
@@ -55,12 +59,23 @@ class EngineState:
         return asdict(self)
 
 
+def no_mark(phase: str) -> None:
+    """A Mark where nobody listens."""
+
+
 class Engine(Protocol):
     """What the training loop and the checkpoints ask of an engine."""
 
     name: str
+    mark: Mark
     forward_is_collective: bool
     """Whether a forward pass gathers weights from the other ranks, which must then take part in each one."""
+
+    states_stay: bool
+    """Whether `parameter_states` yields tensors of the engine's own, which only an update or `load` changes, and not
+    some that were gathered for the call."""
+    before_update: Callable[[], None]
+    """What the engine calls before it changes them; a keeper that is still copying puts its waiting here."""
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
         """One optimizer step on this rank's micro-batches of tokens, each int64 (micro_size, seq_len + 1)."""
@@ -71,11 +86,37 @@ class Engine(Protocol):
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
         """Every parameter by its canonical name. A collective: every rank must go through to the end."""
 
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Begin with these: fp32 on any device, of its full shape, each parameter once in the order of the module; one
+        is held at a time. A model on the meta device needs this or `load` before its first step."""
+
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
         """Take over every parameter as `read(name)` gives it, and the state that goes with it."""
 
     def state(self) -> EngineState:
         """See EngineState."""
+
+
+def is_skeleton(model: nn.Module) -> bool:
+    """Whether a model is on the meta device: shapes without memory, and its weights are still to come."""
+    return any(parameter.device.type == "meta" for parameter in model.parameters())
+
+
+def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in its compute precision on the device; a skeleton gets memory there, and never takes any elsewhere."""
+    model.to(dtype)
+    return model.to_empty(device=device) if is_skeleton(model) else model.to(device)
+
+
+def in_order(weights: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[Tensor]:
+    """The tensors of `weights`, which must be those of the names, one by one."""
+    for (found, weight), name in zip(weights, names, strict=True):
+        assert found == name, f"the weights of {name} were expected, those of {found} came"
+        yield weight
+
+
+def nothing() -> None:
+    """What waits for nobody: an engine's `before_update` to begin with."""
 
 
 def split_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

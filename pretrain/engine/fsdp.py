@@ -6,7 +6,7 @@ runs, and forgotten behind it. Forward passes are collectives: see `base.Engine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,14 @@ from pretrain.engine.base import (
     ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
+    Mark,
     ParameterState,
     StepResult,
     evaluate,
+    in_order,
+    is_skeleton,
+    no_mark,
+    nothing,
     split_targets,
     watched,
     zero_moments,
@@ -66,12 +71,14 @@ class FsdpEngine:
     """A model under FSDP2; see engine.base.Engine for the methods.
 
     Args:
-        model: the model, in fp32, on any device.
+        model: the model, in fp32, on any device; or a skeleton of it, of which memory is taken for this rank's share
+            alone.
         precision: fp32, bf16 or fp16.
     """
 
     name = "fsdp"
     forward_is_collective = True
+    states_stay = False
 
     def __init__(
         self,
@@ -82,8 +89,13 @@ class FsdpEngine:
         device: torch.device,
         ranks: Ranks,
     ) -> None:
-        self._module = model.to(device)
+        self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
+        skeleton = is_skeleton(model)
+        self._module = model if skeleton else model.to(device)
         self._sharded = shard(self._module, make_mesh(engine, device, ranks), precision)
+        if skeleton:
+            self._module.to_empty(device=device)
         self._device = device
         self._clip = optim.clip
         self._reduces_at_the_end = engine.fsdp_reduce == "step"
@@ -101,11 +113,15 @@ class FsdpEngine:
         for number, tokens in enumerate(micro_batches, 1):
             if self._reduces_at_the_end:
                 self._sharded.set_requires_gradient_sync(number == len(micro_batches))
+            self.mark("forward")
             loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
+        self.mark("optimizer")
         norm = self._gradient_norm()
         applied = self._update(norm)
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     def _gradient_norm(self) -> float:
@@ -122,6 +138,7 @@ class FsdpEngine:
             factor /= self._loss_scale.scale
             if factor != 1.0:
                 torch._foreach_mul_([local(p.grad) for p in self._module.parameters() if p.grad is not None], factor)
+            self.before_update()
             self._adamw.step()
             self._optimizer_steps += 1
         if self._scales_loss:
@@ -141,7 +158,14 @@ class FsdpEngine:
             yield name, {"weight": full(parameter), **moments}
 
     @torch.no_grad()
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._module.named_parameters())
+        for parameter, weight in zip(parameters.values(), in_order(weights, parameters), strict=True):
+            take_share(parameter, weight, self._device)
+
+    @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._sharded.reshard()
         self._optimizer_steps = state.optimizer_steps
         zero_moments(self._adamw, state.optimizer_steps)

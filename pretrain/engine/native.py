@@ -6,7 +6,7 @@ the last micro-batch's backward pass still runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,14 @@ from pretrain.engine.base import (
     ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
+    Mark,
     ParameterState,
     StepResult,
     evaluate,
+    in_order,
+    no_mark,
+    nothing,
+    placed,
     split_targets,
     watched,
     zero_moments,
@@ -31,12 +36,13 @@ class NativeEngine:
     """A model under plain torch; see engine.base.Engine for the methods.
 
     Args:
-        model: the model, in fp32, on any device.
+        model: the model, in fp32, on any device; or a skeleton of it.
         precision: fp32, bf16 or fp16.
         world_size: ranks that share the step.
     """
 
     forward_is_collective = False
+    states_stay = True
 
     def __init__(
         self,
@@ -50,15 +56,16 @@ class NativeEngine:
         self.name: str = (
             "native" if engine.name == "deepspeed" else engine.name
         )  # it stands in where DeepSpeed can't run
-        self._module = model.to(device)
+        self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
         self._device = device
         self._clip = optim.clip
         # Masters come first, so that they keep what the cast to half precision would round away.
         self._masters = {
-            name: nn.Parameter(parameter.detach().float().clone()) for name, parameter in model.named_parameters()
+            name: nn.Parameter(master_of(parameter, device)) for name, parameter in model.named_parameters()
         }
         self._master_list = list(self._masters.values())
-        self._module.to(PRECISION_DTYPES[precision])
+        self._module = placed(model, device, PRECISION_DTYPES[precision])
         self._parameters: list[Tensor] = list(self._module.parameters())
         groups = parameter_groups(self._masters.items(), optim.weight_decay)
         self._adamw = build_adamw(groups, optim)
@@ -74,17 +81,21 @@ class NativeEngine:
             group["lr"] = lr
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
+            self.mark("forward")
             loss = watched(self._module(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             if self._reducer is not None and number == len(micro_batches):
                 self._reducer.start()
             (loss * (self._loss_scale.scale / len(micro_batches))).backward()
             self._collect_gradients()
         if self._reducer is not None:
             self._reducer.finish()
+        self.mark("optimizer")
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self._loss_scale.scale
         applied = self._update(norm)
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     def _collect_gradients(self) -> None:
@@ -113,6 +124,7 @@ class NativeEngine:
             factor /= self._loss_scale.scale
             if factor != 1.0:
                 torch._foreach_mul_([m.grad for m in self._masters.values() if m.grad is not None], factor)
+            self.before_update()
             self._adamw.step()
             self._publish()
             self._optimizer_steps += 1
@@ -134,7 +146,14 @@ class NativeEngine:
             yield name, {"weight": master.detach(), **{moment: state[moment] for moment in ADAM_MOMENTS}}
 
     @torch.no_grad()
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        for master, weight in zip(self._master_list, in_order(weights, self._masters), strict=True):
+            master.copy_(weight)
+        self._publish()
+
+    @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._optimizer_steps = state.optimizer_steps
         zero_moments(self._adamw, state.optimizer_steps)
         for name, master in self._masters.items():
@@ -150,3 +169,10 @@ class NativeEngine:
         if not self._scales_loss:
             return EngineState(self._optimizer_steps)
         return EngineState(self._optimizer_steps, self._loss_scale.scale, self._loss_scale.finite_steps)
+
+
+def master_of(parameter: Tensor, device: torch.device) -> Tensor:
+    """The fp32 copy of a parameter on the device; of a skeleton's only memory for it."""
+    if parameter.device.type == "meta":
+        return torch.empty_like(parameter, dtype=torch.float32, device=device)
+    return parameter.detach().to(device, torch.float32, copy=True)

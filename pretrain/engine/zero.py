@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,22 @@ from torch import Tensor, nn
 
 from pretrain import log
 from pretrain.config import OptimConfig
-from pretrain.engine.base import EngineState, ParameterState, StepResult, evaluate, split_targets, watched
-from pretrain.engine.zero_states import states_of
+from pretrain.engine.base import (
+    PRECISION_DTYPES,
+    EngineState,
+    Mark,
+    ParameterState,
+    StepResult,
+    evaluate,
+    in_order,
+    is_skeleton,
+    no_mark,
+    nothing,
+    placed,
+    split_targets,
+    watched,
+)
+from pretrain.engine.zero_states import partition, states_of
 from pretrain.optim import LossScale, build_adamw, parameter_groups
 
 logger = log.get(__name__)
@@ -67,7 +81,8 @@ class ZeroEngine:
     """A model under DeepSpeed ZeRO; see engine.base.Engine for the methods.
 
     Args:
-        model: the model, in fp32, on any device.
+        model: the model, in fp32, on any device; or a skeleton of it, of which ZeRO-3 takes memory for this rank's
+            share alone.
         settings: DeepSpeed's configuration from ds_settings.
     """
 
@@ -76,15 +91,21 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, settings: dict[str, Any], optim: OptimConfig, device: torch.device) -> None:
         import deepspeed
 
+        self.before_update: Callable[[], None] = nothing
+        self.mark: Mark = no_mark
         backend = "nccl" if device.type == "cuda" else "gloo"
-        model.to(device)
         self._stage: int = settings["zero_optimization"]["stage"]
+        dtype = PRECISION_DTYPES[next((name for name in ("fp16", "bf16") if settings[name]["enabled"]), "fp32")]
         # ZeRO-0 in fp32: DeepSpeed steps torch's AdamW without a look at the gradients, so we look and clip
         self._is_plain = self._stage == 0 and not (settings["fp16"]["enabled"] or settings["bf16"]["enabled"])
         self._clip = optim.clip
-        groups = parameter_groups(model.named_parameters(), optim.weight_decay)
         with contextlib.redirect_stdout(io.StringIO()):  # it announces its op and its settings on every rank
             deepspeed.init_distributed(dist_backend=backend, dist_init_required=False)
+            if self._stage == 3 and is_skeleton(model):
+                partition(model.to(dtype), settings, device)
+            else:
+                placed(model, device, dtype)
+            groups = parameter_groups(model.named_parameters(), optim.weight_decay)
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=build_adamw(groups, optim),
@@ -93,6 +114,7 @@ class ZeroEngine:
             )
         self._device = device
         self.forward_is_collective = self._stage == 3
+        self.states_stay = self._stage < 3 and (self._stage == 0 or torch.distributed.get_world_size() == 1)
         self._zero = self._engine.optimizer
         self._optimizer_steps = 0
         self._take_over_loss_scale()
@@ -125,12 +147,17 @@ class ZeroEngine:
             group["lr"] = lr
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
+            self.mark("forward")
             loss = watched(self._engine(*split_targets(tokens, self._device)))
             losses.append(loss.detach())
+            self.mark("backward")
             # ZeRO-0 divides by the loss scale, and does not multiply by it
             self._engine.backward(loss * self._loss_scale.scale if self._stage == 0 else loss)
-            if number == len(micro_batches) and self._is_plain:
-                norm = self._clip_plain()
+            self.mark("optimizer")
+            if number == len(micro_batches):
+                self.before_update()
+                if self._is_plain:
+                    norm = self._clip_plain()
             self._engine.step()  # DeepSpeed updates at the last micro-batch, and only counts before it
         if not self._is_plain:
             norm = self._norm()
@@ -139,6 +166,7 @@ class ZeroEngine:
             self._loss_scale.update(finite=applied)
             self._scaler.cur_scale = self._loss_scale.scale
         self._optimizer_steps += applied
+        self.mark("other")
         return StepResult(torch.stack(losses).mean(), norm if applied else float("inf"), applied)
 
     @torch.no_grad()
@@ -169,7 +197,15 @@ class ZeroEngine:
             yield name, self._states.read(parameter)
 
     @torch.no_grad()
+    def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        parameters = dict(self._engine.module.named_parameters())
+        for parameter, weight in zip(parameters.values(), in_order(weights, parameters), strict=True):
+            self._states.write(parameter, {"weight": weight.to(self._device)})
+        self._states.publish()
+
+    @torch.no_grad()
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
+        self.before_update()
         self._optimizer_steps = state.optimizer_steps
         self._states.begin(state.optimizer_steps)
         for name, parameter in self._engine.module.named_parameters():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pretrain.engine.base import ADAM_MOMENTS, ParameterState, zero_moments
@@ -26,7 +26,7 @@ class States(Protocol):
         """The whole tensors of one parameter: a collective."""
 
     def write(self, parameter: Tensor, whole: ParameterState) -> None:
-        """Take over whole tensors, which every rank has, on the engine's device."""
+        """Take over whole tensors, which every rank has, on the engine's device: the weight, and any moments."""
 
     def publish(self) -> None:
         """Bring what was written to the weights that compute. A collective."""
@@ -36,6 +36,27 @@ def states_of(engine: Any, stage: int) -> States:
     """What reads and writes the states of a DeepSpeedEngine of a ZeRO stage."""
     kinds: dict[int, type[States]] = {0: WholeStates, 1: FlatStates, 2: FlatStates, 3: PartitionedStates}
     return kinds[stage](engine)
+
+
+def partition(skeleton: nn.Module, settings: dict[str, Any], device: torch.device) -> None:
+    """Divide a skeleton over the ranks as ZeRO-3 wants it, one module's own parameters in memory at a time.
+
+    Args:
+        skeleton: on the meta device, in compute precision; its weights are whatever the memory held.
+        settings: DeepSpeed's configuration.
+    """
+    import deepspeed
+
+    divided: Any = None  # any parameter that DeepSpeed has divided can have it divide others
+    for module in skeleton.modules():
+        if not (parameters := list(module.parameters(recurse=False))):
+            continue
+        module.to_empty(device=device, recurse=False)
+        if divided is None:
+            deepspeed.zero.Init(module=module, config_dict_or_path=settings, dtype=parameters[0].dtype)
+        else:
+            divided.convert_to_zero_parameters(param_list=list(module.parameters(recurse=False)))
+        divided = next(module.parameters(recurse=False))
 
 
 class WholeStates:
@@ -59,9 +80,8 @@ class WholeStates:
 
     def write(self, parameter: Tensor, whole: ParameterState) -> None:
         master = self._masters[parameter]
-        master.copy_(whole["weight"])
-        for moment in ADAM_MOMENTS:
-            self._adamw.state[master][moment].copy_(whole[moment])
+        for key, tensor in whole.items():
+            (master if key == "weight" else self._adamw.state[master][key]).copy_(tensor)
 
     def publish(self) -> None:
         for parameter, master in self._masters.items():
@@ -100,7 +120,7 @@ class FlatStates:
 
         parameter.copy_(whole["weight"])
         safe_set_full_fp32_param(parameter, whole["weight"])
-        for moment in ADAM_MOMENTS:
+        for moment in whole.keys() - {"weight"}:
             safe_set_full_optimizer_state(parameter, whole[moment], moment)
 
     def publish(self) -> None:
@@ -132,7 +152,7 @@ class PartitionedStates:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         safe_set_local_fp32_param(parameter, self._share(whole["weight"]))
-        for moment in ADAM_MOMENTS:
+        for moment in whole.keys() - {"weight"}:
             safe_set_local_optimizer_state(parameter, self._share(whole[moment]), moment)
 
     def _share(self, whole: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_data
-from pretrain.shards import fetch_shards
+from pretrain.shards import fetch_shards, open_shards
 
 TINY = ["--rounds", "2", "--tokens", "20000", "--shards", "130", "--files", "3", "--file_mb", "0.1", "--json"]
 CHECKS = {
@@ -49,6 +49,7 @@ def test_both_loops_copy_windows_of_the_same_shape(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(bench_data, "GLOBAL_SIZE", 4)
     store = bench_data.make_shards(tmp_path / "shards", 2, 500)
     shards = fetch_shards(store, bench_data.data_config(tmp_path), vocab_size=bench_data.VOCAB_SIZE).shards
+    found = open_shards(store, bench_data.data_config(tmp_path), vocab_size=bench_data.VOCAB_SIZE)
     made: list[tuple[int, ...]] = []
     empty = np.empty
 
@@ -56,7 +57,7 @@ def test_both_loops_copy_windows_of_the_same_shape(tmp_path: Path, monkeypatch):
         made.append(shape)
         return empty(shape, *arguments, **options)
 
-    loops = [bench_data.our_loop(shards, 3), bench_data.bare_loop(shards, 3)]
+    loops = [bench_data.our_loop(found, 3), bench_data.bare_loop(shards, 3)]
     monkeypatch.setattr(np, "empty", counted)
     for loop in loops:
         made.clear()

@@ -37,6 +37,31 @@ RESUMED = (
 print(json.dumps(resume_in_each_other(bench, options["kinds"], options.get("reference", ""))))
 """
 )
+COUNTED = (
+    PREPARE
+    + """
+bench.shape = ModelConfig(size="custom", **{**SHAPE, **options["shape"]}).resolve()
+whole = sum(p.numel() * 4 for p in GPT(bench.shape).parameters())
+largest = max(p.numel() * 4 for p in GPT(bench.shape).parameters())
+apart = {kind: build_counted(bench, kind, whole=False) for kind in options["kinds"]}
+together = build_counted(bench, "fsdp", whole=True)
+print(json.dumps({"whole": whole, "largest": largest, "apart": apart, "together": together}))
+"""
+)
+FIRST = (
+    PREPARE
+    + """
+torch.manual_seed(3)
+expected = dict(GPT(FAMILIES[bench.family]).named_parameters())
+wrong = {}
+for kind in options["kinds"]:
+    found = copied_states(bench.build(kind, seed=3))
+    assert list(found) == list(expected)
+    wrong[kind] = [name for name in found if not found[name]["weight"].equal(expected[name])]
+    wrong[kind] += [name for name in found for key in ("exp_avg", "exp_avg_sq") if found[name][key].any()]
+print(json.dumps(wrong))
+"""
+)
 EVALUATED = (
     PREPARE
     + """
@@ -95,7 +120,7 @@ def plain_torch(folder: Path, steps: int, precision: str = "fp32", family: str =
     """The curve of the plainest engine, which tests/unit/test_engines.py holds against a plain loop."""
     with single_rank() as only:
         bench = Bench(only, folder, precision, family)
-        return bench.train(bench.build("single"), range(steps))
+        return bench.train(bench.build("single", whole=True), range(steps))
 
 
 def assert_same(found: list[list[float]], expected: list[list[float]], tolerance: float, what: str) -> None:
@@ -103,6 +128,25 @@ def assert_same(found: list[list[float]], expected: list[list[float]], tolerance
     assert len(found) == len(expected)
     for step, (pair, other) in enumerate(zip(found, expected, strict=True)):
         assert pair == pytest.approx(other, rel=tolerance), f"{what}, step {step}"
+
+
+@pytest.mark.parametrize("family", ["gpt", "llama"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_engines_begin_with_the_weights_of_a_model_that_was_built_whole(tmp_path, family, precision):
+    kinds = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
+    assert run(FIRST, 2, tmp_path, kinds=kinds, family=family, precision=precision) == dict.fromkeys(kinds, [])
+
+
+def test_engines_that_divide_the_weights_never_hold_a_whole_model(tmp_path):
+    """On a CPU the device's memory is the host's: what is counted here is the sum of both on a GPU."""
+    shape = {"n_layer": 16, "d_model": 64, "d_ff": 256}
+    counted = run(COUNTED, 2, tmp_path, kinds=["fsdp", "zero3"], shape=shape)
+    whole, largest = counted["whole"], counted["largest"]
+    assert largest < whole / 20
+    assert counted["together"]["building"] > whole  # so the count sees a whole model where there is one
+    for kind, found in counted["apart"].items():
+        assert whole / 2 <= found["building"] <= whole / 2 + 3 * largest, kind  # of two ranks
+        assert 0 < found["beginning"] <= 4 * largest, kind
 
 
 @pytest.mark.slow  # fifty steps by nine engines
@@ -134,7 +178,7 @@ def run_one_rank(folder: Path, name: str) -> list[list[float]]:
 
     with single_rank() as only:
         bench = Bench(only, folder)
-        engine = bench.build("single", seed=7)
+        engine = bench.build("single", seed=None)
         states, state = kept(folder, name)
         engine.load(states.__getitem__, state)
         assert state == EngineState(3)

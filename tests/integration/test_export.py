@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from model import GPT
 from pretrain import export as export_module
 from pretrain.arguments import to_yaml
-from pretrain.checkpoint import CheckpointReader, read_manifest, take_snapshot, write_documents, write_manifest
+from pretrain.checkpoint import CheckpointReader, read_manifest, write_documents, write_manifest
 from pretrain.checkpoint import write_parts as write_tensors
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.config import Config
@@ -28,6 +28,7 @@ from pretrain.errors import CheckpointError, ConfigError
 from pretrain.hf_weights import entries
 from pretrain.model_config import ModelConfig
 from pretrain.pretrained import load_model_config, load_pretrained, open_checkpoint
+from pretrain.snapshot import take_snapshot
 from pretrain.tokenizers import END_OF_TEXT, train_bpe
 from scripts import export_hf
 from tests.helpers_training import flip_a_byte, upload_checkpoint

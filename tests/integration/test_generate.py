@@ -19,10 +19,11 @@ import torch
 import yaml
 
 from model import GPT
-from pretrain.checkpoint import take_snapshot, write_documents, write_manifest, write_parts
+from pretrain.checkpoint import write_documents, write_manifest, write_parts
 from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.generation import Sampling, end_of_text, generate, prompt_ids
 from pretrain.model_config import ModelConfig
+from pretrain.snapshot import take_snapshot
 from pretrain.tokenizers import load_tokenizer, train_bpe
 from scripts.generate import main
 from tests.helpers_training import upload_checkpoint

@@ -16,7 +16,6 @@ import pytest
 from pretrain.batches import Batches
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.data_stats import DataStats
-from pretrain.lookup import position_after
 from pretrain.npz import read_npz
 from pretrain.shards import fetch_shards
 from pretrain.storage import open_store
@@ -71,7 +70,7 @@ def ids_of(found: Any) -> list[list[int]]:
 def test_a_step_is_shown_as_the_text_it_was_trained_on(demo, tmp_path, capsys):
     found = inspect(capsys, "--step", 7, "--data", demo, *DEMO)
     batches = batches_of(demo, tmp_path, VOCAB, 64, 4)
-    taken, _ = batches.take(position_after(batches, 24), 0, 1)
+    taken, _ = batches.take(batches.position_after(24), 0, 1)
     tokenizer = load_tokenizer(demo / "tokenizer.json")
     for window, tokens in zip(found["windows"], taken, strict=True):
         documents = [document for part in window["parts"] for document in part["documents"]]
@@ -108,7 +107,7 @@ def test_a_run_that_rolled_back_is_followed_past_the_data_it_left_behind(tmp_pat
     batches = batches_of(tmp_path / "shards", tmp_path, VOCAB_SIZE, SEQ_LEN, GLOBAL_SIZE)
     for step, steps_before in ((3, 2), (5, 11), (14, 20)):
         found = inspect(capsys, "--step", step, "--run", RUN)
-        taken, _ = batches.take(position_after(batches, steps_before * GLOBAL_SIZE), 0, 1)
+        taken, _ = batches.take(batches.position_after(steps_before * GLOBAL_SIZE), 0, 1)
         assert ids_of(found) == taken.tolist()
         assert found["found_by"].startswith(f"checkpoint {RUN}/checkpoint-epoch")
     alone = inspect(capsys, "--step", 5, "--config", tiny_config(tmp_path))

@@ -99,15 +99,33 @@ def test_prod_train_trains_on_two_ranks_and_goes_on_where_it_ended(machine, buck
     variables |= {"DATA": str(folder / "shards"), "CHECKPOINTS": "gs://demo/Checkpoints"}
     first = machine.run("prod_train.sh", *options, "--max-steps", "6", **variables)
     assert first.code == 0, first.output
+    assert "0 failed" in first.output and "ready to train" in first.output
+    assert "between 2 ranks (gloo)" in first.output  # the doctor's ranks are real ones
     assert "run rehearsal has no checkpoint yet, starting afresh" in first.output
     assert "engine deepspeed, bf16, 2 ranks" in first.output
     assert commits("gs://demo/Checkpoints", "rehearsal") == [3, 6]
 
-    second = machine.run("prod_train.sh", *options, "--max-steps", "9", **variables)
-    assert second.code == 0, second.output
+    second = machine.run("prod_train.sh", "--skip-doctor", *options, "--max-steps", "9", **variables)
+    assert second.code == 0 and "ready to train" not in second.output, second.output
     assert "resumed checkpoint-epoch0-step6-" in second.output
     assert commits("gs://demo/Checkpoints", "rehearsal") == [3, 6, 9]
     assert list(losses(folder, "rehearsal")) == list(range(1, 10))
+
+
+def test_prod_train_starts_nothing_where_the_doctor_says_no(machine, bucket):
+    folder = machine.folder
+    bucket.inject("403", match="POST /upload", times=-1)
+    where = ["--checkpoint.dir", str(folder / "checkpoints"), "--log.dir", str(folder / "logs")]
+    where += ["--data.cache_dir", str(folder / "cache"), "--model.vocab_size", "100"]
+    variables = {"GPUS": "2", "CONFIG": str(tiny_config(folder)), "DATA": "gs://demo/tokenized"}
+    done = machine.run("prod_train.sh", *where, CHECKPOINTS="gs://demo/Checkpoints", **variables)
+    assert done.code == 3, done.output  # data before storage: a bucket may come back
+    lines = [line.split() for line in done.output.splitlines()]
+    assert [line[1:3] for line in lines if line[:1] == ["FAIL"]] == [["checkpoint", "write"], ["vocabulary", "shard"]]
+    assert "lacks storage.objects.create" in done.output and "add-iam-policy-binding gs://demo" in done.output
+    assert "not ready (exit code 3)" in done.output and "prod_train: not started" in done.output
+    assert "Traceback" not in done.output
+    assert not [name for name in ("checkpoints", "logs", "cache") if (folder / name).exists()]
 
 
 def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine):

@@ -31,14 +31,29 @@ PREPARATION = {
     "recipes",
     "work_folder",
     "preparation",
+    "raw_source",
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
-    "model": ({"compiler", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "model": ({"compiler", "document_mask", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
-        {"manifest", "npz", "cache", "shards", "batches", "data_stats", "lookup", "tokenizers"} | PREPARATION,
+        {
+            "manifest",
+            "npz",
+            "room",
+            "cache",
+            "shard_feed",
+            "shards",
+            "read_ahead",
+            "batches",
+            "mixture",
+            "data_stats",
+            "lookup",
+            "tokenizers",
+        }
+        | PREPARATION,
         {"base", "storage"},
     ),
     "ranks": ({"communication", "ranks"}, {"base"}),
@@ -59,6 +74,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "local_writer",
             "run_lock",
             "shipping",
+            "snapshot",
             "upload_queue",
             "uploads",
         },
@@ -81,10 +97,27 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint"},
     ),
     "metrics": (
-        {"metrics", "sinks", "console", "history", "hardware", "transfers", "curves", "charts", "checks", "listings"},
+        {
+            "metrics",
+            "sinks",
+            "console",
+            "history",
+            "hardware",
+            "transfers",
+            "curves",
+            "charts",
+            "checks",
+            "listings",
+            "ledger",
+            "phases",
+            "power",
+            "profiling",
+            "sensors",
+            "telemetry",
+        },
         {"base", "storage"},
     ),
-    "plan": ({"activations", "memory", "plan", "scaling"}, {"base", "engine"}),
+    "plan": ({"activations", "host_memory", "memory", "plan", "scaling"}, {"base", "engine"}),
     "run": (
         {
             "alike",
@@ -95,6 +128,8 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "divergence",
             "hostfile",
             "launch",
+            "micro_batch",
+            "outset",
             "places",
             "plan_views",
             "processes",
@@ -113,6 +148,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         },
         {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "inference", "metrics", "plan"},
     ),
+    "doctor": (
+        {"bandwidth", "data_checks", "doctor", "gpu_checks", "machine_checks", "storage_checks", "torch_checks"},
+        {"base", "model", "storage", "data", "ranks", "engine", "checkpoint", "metrics", "plan", "run"},
+    ),
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
 ONLY: dict[str, set[str]] = {
@@ -123,24 +162,30 @@ ONLY: dict[str, set[str]] = {
     "gpus": set(),
     "log": set(),
     "files": set(),
-    "batches": {"shards"},
+    "batches": {"read_ahead", "shard_feed", "shards"},
+    "read_ahead": set(),
+    "room": {"files"},
     "optim": set(),
     "uploads": {"archive", "checkpoint_manifest", "files", "storage"},
     "archive": {"checkpoint_manifest", "files"},
     "backlog": {"uploads"},
     "launch": {"communication", "processes", "rendezvous", "stopping"},
     "communication": set(),
+    "ledger": set(),
+    "phases": set(),
+    "sensors": set(),
+    "profiling": set(),
     "processes": set(),
     "rendezvous": {"processes"},
     "stopping": set(),
-    "supervise": {"arguments", "checkpoint_manifest", "processes", "stopping"},
+    "supervise": {"arguments", "checkpoint_manifest", "ledger", "processes", "stopping"},
     "watchdog": set(),
     "activations": {"model_config"},
     "memory": {"activations", "model_config"},
     "plan": {"memory", "engine", "model_config"},
     "scaling": {"activations", "memory", "model_config"},
 }
-BUILDERS = {"GPT", "KERNELS", "plain_attention"}  # what of model.py the library may import: what builds one
+BUILDERS = {"GPT", "KERNELS", "draw", "plain_attention"}  # what of model.py the library may import: what builds one
 MAX_MODULE_LINES, MAX_FUNCTION_LINES, MAX_LOOP_LINES = 350, 40, 100
 LOOP = ("train.py", "loop")
 

@@ -15,17 +15,16 @@ from pretrain.checkpoint import (
     CheckpointReader,
     damaged_files,
     empty_folder,
-    part_name,
     read_manifest,
     remove_folder,
     retract_manifest,
-    take_snapshot,
     write_documents,
     write_manifest,
     write_parts,
 )
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
 from pretrain.errors import CheckpointError, StorageError
+from pretrain.snapshot import part_name
 from tests.helpers_training import (
     TinyModel,
     differing,
@@ -37,33 +36,6 @@ from tests.helpers_training import (
 )
 
 SHAPES = {name: tuple(parameter.shape) for name, parameter in TinyModel().named_parameters()}
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_ranks_share_every_tensor_exactly_once_and_evenly(world_size):
-    states = [(f"w{n}", dict.fromkeys(("weight", "exp_avg", "exp_avg_sq"), torch.full((1 + n % 5, 7), float(n))))
-              for n in range(30)]  # fmt: skip
-    snapshots = [take_snapshot(iter(states), rank, world_size) for rank in range(world_size)]
-    assert sorted(name for snapshot in snapshots for name in snapshot.weights) == sorted(name for name, _ in states)
-    for rank, snapshot in enumerate(snapshots):
-        moments = [f"{moment}/{name}" for name in snapshot.weights for moment in ("exp_avg", "exp_avg_sq")]
-        assert sorted(snapshot.moments) == sorted(moments)
-        assert snapshot.weight_map == snapshots[0].weight_map
-        mine = [name for name, file in snapshot.weight_map.items() if file == part_name("model", rank, world_size)]
-        assert mine == list(snapshot.weights)
-    loads = [sum(weight.nbytes for weight in snapshot.weights.values()) for snapshot in snapshots]
-    largest = max(state["weight"].nbytes for _, state in states)
-    assert max(loads) - min(loads) <= largest
-    assert snapshots[0].total_bytes == sum(loads)
-
-
-def test_a_snapshot_is_a_copy_in_fp32():
-    weight = torch.ones(3)
-    state = {"weight": weight, "exp_avg": weight.bfloat16(), "exp_avg_sq": weight.t()}
-    snapshot = take_snapshot([("w", state)], 0, 1)
-    weight.zero_()
-    assert snapshot.weights["w"].tolist() == [1, 1, 1]
-    assert {tensor.dtype for tensor in snapshot.moments.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])  # at 8 some ranks have no tensor at all

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -149,6 +150,18 @@ def test_accumulating_micro_batches_is_one_large_batch():
 
 
 @pytest.mark.parametrize("kind", ENGINES)
+def test_each_phase_of_a_step_is_told_as_it_begins(kind):
+    how = {"micro_size": 2} if kind == "deepspeed" else {}
+    silent, engine, marks = make(kind, **how), make(kind, **how), []
+    engine.mark = marks.append
+    assert train(engine, range(2), micro_size=2) == train(silent, range(2), micro_size=2)
+    counts = ["optimizer"] if kind == "deepspeed" else []  # its step() only counts before the last micro-batch
+    micro_batches = [["forward", "backward", *counts]] * (SEQUENCES // 2 - 1)
+    step = [*itertools.chain(*micro_batches), "forward", "backward", "optimizer", "other"]
+    assert marks == step * 2
+
+
+@pytest.mark.parametrize("kind", ENGINES)
 def test_evaluation_is_the_loss_and_changes_nothing(kind):
     engine, model, tokens = make(kind), TinyModel(), tokens_of_step(0, 4)
     before = copied_states(engine)
@@ -170,6 +183,35 @@ def test_what_was_saved_and_loaded_goes_on_to_the_last_bit(kind, precision):
     assert train(other, range(5, 10)) == alone
     assert differing(copied_states(engine), copied_states(other)) == []
     assert engine.state() == other.state() == EngineState(10)
+
+
+@pytest.mark.parametrize("make_engine", [native, fsdp, *(functools.partial(zero_engine, stage=n) for n in range(4))])
+def test_before_update_is_called_after_the_backward_pass_and_before_anything_saved_changes(make_engine):
+    engine = make_engine()
+    train(engine, range(2))
+    before, calls = copied_states(engine), []
+
+    def look():
+        calls.append(differing(before, copied_states(engine)))
+
+    engine.before_update = look
+    train(engine, range(2, 3), micro_size=SEQUENCES)
+    assert calls == [[]]
+    assert set(differing(before, copied_states(engine))) == set(before)
+    engine.load(reader_of(copied_states(engine)), engine.state())
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("make_engine", [native, fsdp, *(functools.partial(zero_engine, stage=n) for n in range(4))])
+def test_states_that_stay_are_the_engines_own_and_the_same_at_every_call(make_engine):
+    engine = make_engine()
+    memory = [
+        [tensor.data_ptr() for _, state in engine.parameter_states() for tensor in state.values()] for _ in range(2)
+    ]
+    train(engine, range(1))
+    memory.append([tensor.data_ptr() for _, state in engine.parameter_states() for tensor in state.values()])
+    assert not engine.states_stay or memory[0] == memory[1] == memory[2]
+    assert engine.states_stay == (make_engine is native or (engine.name == "deepspeed" and engine._stage < 3))
 
 
 @pytest.mark.parametrize(("first", "second"), [("native", "deepspeed"), ("deepspeed", "native")])

@@ -307,4 +307,4 @@ def test_shards_are_the_same_through_fsspec_and_from_a_folder(tmp_path: Path) ->
     through = fetch_shards(open_store(url, CONFIG), data, vocab_size=VOCAB_SIZE)
     plain = fetch_shards(LocalStore(folder), data, vocab_size=VOCAB_SIZE)
     assert [shard.name for shard in through.shards] == [f"part/{shard.name}" for shard in plain.shards]
-    assert [shard.crc32c for shard in through.shards] == [shard.crc32c for shard in plain.shards]
+    assert [shard.source_crc32c for shard in through.shards] == [shard.source_crc32c for shard in plain.shards]

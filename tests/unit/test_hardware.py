@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import json
-import sys
 import types
 
-import psutil
 import pytest
 import torch
 
@@ -127,63 +125,10 @@ def test_a_gpu_machine_is_described_by_its_gpu(gpus) -> None:
     assert facts["compute_capability"] == "9.0"
 
 
-class FakeNvml(types.SimpleNamespace):
-    """The driver of a machine whose GPU with UUID GPU-1b2c is at 97 % and 650 W, and has no other sensor."""
-
-    class NVMLError(Exception):
-        pass
-
-    def nvmlInit(self) -> None:
-        self.started = True
-
-    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
-        if uuid != "GPU-1b2c":
-            raise self.NVMLError("Not Found")
-        return uuid
-
-    def nvmlDeviceGetUtilizationRates(self, handle: str) -> types.SimpleNamespace:
-        return types.SimpleNamespace(gpu=97)
-
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
-        return 650_000
-
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> types.SimpleNamespace:
-        raise self.NVMLError("Not Supported")
-
-
-def test_a_gpu_is_sampled_by_its_uuid_and_a_missing_sensor_is_left_out(gpus, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
-    monitor = hardware.GpuMonitor(GPU)
-    sample = monitor.sample()
-    assert monitor.problem == ""
-    assert sample.pop("host_memory_gb") == pytest.approx(psutil.Process().memory_info().rss / 1e9, rel=0.2)
-    assert sample == {"gpu_utilization": 97.0, "gpu_power_w": 650.0, "gpu_memory_peak_gb": 7.0}
-
-
-def test_without_the_driver_or_its_package_only_torch_and_the_host_are_sampled(gpus, monkeypatch) -> None:
-    class NoDriver(FakeNvml):
-        def nvmlInit(self) -> None:
-            raise self.NVMLError("Driver Not Loaded")
-
-    for module, problem in ((NoDriver(), "Driver Not Loaded"), (None, "nvidia-ml-py is not installed")):
-        monkeypatch.setitem(sys.modules, "pynvml", module)
-        monitor = hardware.GpuMonitor(GPU)
-        assert problem in monitor.problem
-        assert set(monitor.sample()) == {"host_memory_gb", "gpu_memory_peak_gb"}
-
-
-def test_a_cpu_samples_the_memory_of_this_process_only() -> None:
-    monitor = hardware.GpuMonitor(CPU)
-    assert set(monitor.sample()) == {"host_memory_gb"} and monitor.problem == ""
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_real_gpu_is_sampled_and_its_data_sheet_is_not_beaten() -> None:
+def test_a_real_gpus_data_sheet_is_not_beaten() -> None:
     device = torch.device("cuda", 0)
-    monitor = hardware.GpuMonitor(device)
-    assert monitor.problem == ""
-    assert {"gpu_memory_gb", "gpu_memory_peak_gb"} <= set(monitor.sample())
     rate, source = hardware.peak_flops(device, "fp16")
     measured = hardware.measure_flops(device, torch.float16)
     assert source == "measured" or 0.3 * rate < measured < 1.05 * rate

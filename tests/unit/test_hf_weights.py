@@ -2,17 +2,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model import GPT
 from pretrain.errors import CheckpointError
 from pretrain.hf_config import to_hf
 from pretrain.hf_weights import INDEX_FILE, WEIGHTS_FILE, entries, load_hf
 from pretrain.model_config import ModelConfig, parameter_shapes
-from pretrain.pretrained import init_from
+from pretrain.pretrained import first_weights
 from tests.helpers_training import flip_a_byte
 
 SMALL = {"size": "custom", "n_layer": 1, "n_head": 4, "d_model": 32, "vocab_size": 101, "seq_len": 19}
@@ -134,10 +134,9 @@ def test_each_wrong_tensor_is_named_before_anything_is_loaded(tmp_path):
     tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(3, 5)
     tensors["model.layers.1.input_layernorm.weight"] = torch.zeros(32)
     tensors["model.layers.0.input_layernorm.weight"] = torch.zeros(32, dtype=torch.int32)
-    model = GPT(config)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    weights = first_weights(replace(config, init_from=str(write(tmp_path, config, tensors))), 0)
     with pytest.raises(CheckpointError) as raised:
-        init_from(model, write(tmp_path, config, tensors))
+        next(weights)
     for words in (
         "model.norm.weight is missing",
         "model.layers.1.input_layernorm.weight is not in the model",
@@ -145,15 +144,14 @@ def test_each_wrong_tensor_is_named_before_anything_is_loaded(tmp_path):
         "model.layers.0.input_layernorm.weight is I32",
     ):
         assert words in str(raised.value)
-    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
 
-def test_a_model_is_given_the_weights(tmp_path):
+def test_a_fresh_model_begins_with_the_weights(tmp_path):
     config = config_of("neox", tie_embeddings=True)
-    model = GPT(config)
-    init_from(model, write(tmp_path, config))
+    found = list(first_weights(replace(config, init_from=str(write(tmp_path, config))), 0))
     weights = numbered(config)
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert [name for name, _ in found] == list(dict(parameter_shapes(config)))
+    assert all(torch.equal(weight, weights[name]) for name, weight in found)
 
 
 def test_files_that_are_none_are_named(tmp_path):

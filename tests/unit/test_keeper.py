@@ -43,6 +43,8 @@ def ranks():
 class SavedEngine:
     """What the keeper asks of an engine: its tensors, which tell the step."""
 
+    states_stay = False
+
     def __init__(self, step):
         self.step = step
 
@@ -133,7 +135,8 @@ def test_a_save_returns_before_it_is_written(runs, monkeypatch):
     assert runs.local_steps() == runs.bucket_steps() == [5, 10]
 
 
-def test_what_is_saved_is_the_state_at_the_time_of_saving(runs, monkeypatch):
+@pytest.mark.parametrize("states_stay", [False, True])
+def test_what_is_saved_is_the_state_at_the_time_of_saving(runs, monkeypatch, states_stay):
     go_on = threading.Event()
 
     def slow(*arguments):
@@ -144,8 +147,9 @@ def test_what_is_saved_is_the_state_at_the_time_of_saving(runs, monkeypatch):
     kept = runs.start(url="")
     states = states_of(5)
     engine = SavedEngine(5)
-    engine.parameter_states = lambda: iter(states)
+    engine.parameter_states, engine.states_stay = lambda: iter(states), states_stay
     kept.save(CheckpointName(0, 5, 5), engine, DOCUMENTS)
+    engine.before_update()
     for _, state in states:
         state["weight"].zero_()  # the training goes on
     go_on.set()
@@ -569,6 +573,7 @@ TWO_RANKS = """
     folder = Path(local if me.local_world_size == 2 else f"{local}{me.rank}")
 
     class Engine:
+        states_stay = False
         def __init__(self, step):
             self.step = step
         def parameter_states(self):
@@ -620,6 +625,7 @@ UNEXPECTED = """
     from tests.helpers_training import states_of
 
     class Engine:
+        states_stay = False
         def parameter_states(self):
             return iter(states_of(5))
 

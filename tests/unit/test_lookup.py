@@ -16,7 +16,6 @@ from pretrain.lookup import (
     document_lengths,
     documents_in,
     planned,
-    position_after,
     recorded,
     windows_at,
     windows_before,
@@ -75,7 +74,7 @@ def test_parts_name_their_shard_and_place(batches: Batches) -> None:
 
 def test_positions_and_counts_are_each_others_reverse(batches: Batches) -> None:
     for windows in range(3 * batches.windows_per_epoch):
-        assert windows_before(batches, position_after(batches, windows)) == windows
+        assert windows_before(batches, batches.position_after(windows)) == windows
     with pytest.raises(CheckpointError, match="of other data"):
         windows_before(batches, Position(0, 99, 0))
     with pytest.raises(ConfigError, match="no step 0"):
@@ -99,7 +98,7 @@ def simulate(batches: Batches, events: list[tuple[int, int]], last: int) -> tupl
             _, to_step = waiting.pop(0)
             detours.append(Detour(step, to_step, (step - to_step) * batches.global_size))
             step = to_step
-    return begins, Saved("newest", step, position_after(batches, cursor), tuple(detours))
+    return begins, Saved("newest", step, batches.position_after(cursor), tuple(detours))
 
 
 @pytest.mark.parametrize(
@@ -117,14 +116,14 @@ def test_roll_backs_shift_the_steps_after_them(batches: Batches, events: list[tu
 def test_a_changed_batch_is_found_by_the_checkpoints_around_the_step(tmp_path: Path) -> None:
     batches = make_batches(tmp_path, global_size=4)
     # ten steps of 2 windows, then steps of 4: what a resume with another batch.global_size does
-    at_10 = Saved("a", 10, position_after(batches, 20), ())
-    at_14 = Saved("b", 14, position_after(batches, 36), ())
-    assert recorded(batches, 12, at_14, [at_10]) == position_after(batches, 24)
-    assert recorded(batches, 16, at_14, [at_10]) == position_after(batches, 40)
+    at_10 = Saved("a", 10, batches.position_after(20), ())
+    at_14 = Saved("b", 14, batches.position_after(36), ())
+    assert recorded(batches, 12, at_14, [at_10]) == batches.position_after(24)
+    assert recorded(batches, 16, at_14, [at_10]) == batches.position_after(40)
     for step, older in ((9, [at_10]), (12, [])):
         with pytest.raises(CheckpointError, match=r"batch.global_size was changed.*leave out --run"):
             recorded(batches, step, at_14, older)
-    at_5 = Saved("c", 5, position_after(batches, 10), ())
+    at_5 = Saved("c", 5, batches.position_after(10), ())
     with pytest.raises(CheckpointError, match="step 8 can't be found"):
         recorded(batches, 8, at_10, [at_5])
 

@@ -18,6 +18,10 @@ def setup_of(size: str = "125M", micro: int = 4, steps: int = 1, precision: str 
     return Setup(ModelConfig(size=size, **shape).resolve(), precision, BatchConfig(micro * steps, micro))
 
 
+def documents(size: str, micro: int, **shape) -> Setup:
+    return dataclasses.replace(setup_of(size, micro, **shape), document_mask=True)
+
+
 def zero(stage: int, world_size: int, micro: int = 4, steps: int = 1, **shape) -> Setup:
     batch = BatchConfig(micro * steps * world_size, micro)
     sharding = Sharding("deepspeed", stage, 500_000_000, 2)
@@ -60,6 +64,12 @@ COUNTED = {
     "chunked loss": setup_of("125M", 8, n_layer=3, seq_len=1024, loss_chunks=8),
     "chunked loss, untied fp32": setup_of("small", 4, precision="fp32", n_layer=2, seq_len=1024, loss_chunks=64),
     "plain attention": setup_of("350M", 2, n_layer=2, seq_len=1024, attention="plain"),
+    "documents": documents("125M", 8, n_layer=2, seq_len=1024, vocab_size=1000),
+    "documents, grouped": documents("large", 4, n_layer=3, n_kv_head=4, seq_len=1024, vocab_size=512),
+    "documents, normed and grouped": documents(
+        "medium", 4, family="qwen3", n_layer=2, n_kv_head=4, seq_len=1024, vocab_size=512
+    ),
+    "documents, plain": documents("350M", 2, n_layer=2, seq_len=1024, attention="plain"),
 }
 
 

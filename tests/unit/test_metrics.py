@@ -133,6 +133,7 @@ def test_events_have_their_own_file_and_a_late_one_is_kept(tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert events == [
         {"kind": "started", "time": 3.0, "step": 0},
+        {"kind": "ended", "time": 3.0},
         {"kind": "upload_failed", "time": 3.0, "name": "checkpoint-1", "error": "403"},
     ]
     assert (tmp_path / "metrics.jsonl").read_text() == ""

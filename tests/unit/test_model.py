@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import GPT, KERNELS
 from pretrain.kernels import choose_attention
 from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig, parameter_shapes
+from pretrain.pretrained import first_weights
 
 CPU = torch.device("cpu")
 FAMILY_NAMES = list(FAMILIES)
@@ -314,6 +315,16 @@ def test_a_model_made_on_the_meta_device_gets_the_same_initial_weights() -> None
     torch.manual_seed(3)
     model.init_weights()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), tiny(seed=3).parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_weights_drawn_one_at_a_time_are_those_of_a_whole_model(family: str) -> None:
+    config = shape(family=family, tie_embeddings=False)
+    torch.manual_seed(3)
+    whole = dict(GPT(config).named_parameters())
+    for (name, weight), (expected, parameter) in zip(first_weights(config, 3), whole.items(), strict=True):
+        assert name == expected
+        assert torch.equal(weight, parameter), name
 
 
 def test_initial_loss_is_the_logarithm_of_the_vocabulary() -> None:

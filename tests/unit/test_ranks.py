@@ -33,6 +33,7 @@ def test_two_ranks_exchange_what_they_know():
             "background": [answer["rank"] for answer in me.exchange({"rank": me.rank}, group)],
             "first": me.from_first({"rank": me.rank}),
             "any": [me.any(False), me.any(me.rank == 1), me.any(True)],
+            "any_of": me.any_of(False, me.rank == 0, me.rank == 1, True),
             "mean": me.mean(1.0 + me.rank),
             "is_first": me.is_first,
         }))
@@ -46,6 +47,7 @@ def test_two_ranks_exchange_what_they_know():
         "background": [0, 1],
         "first": {"rank": 0},
         "any": [False, True, True],
+        "any_of": [False, True, True, True],
         "mean": 1.5,
     }
     assert results == [expected, expected]

@@ -7,7 +7,9 @@ import torch
 
 import train
 from pretrain import reports
+from pretrain.config import BatchConfig
 from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
+from pretrain.model_config import ModelConfig
 from tests.helpers_training import run_two_ranks
 
 
@@ -129,3 +131,42 @@ def test_a_machine_without_the_memory_says_so():
     text = "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes."
     known = reports.explain(RuntimeError(text))
     assert known is not None and known.exit_code == 2 and "this machine's memory is full" in known.line()
+
+
+@pytest.mark.parametrize(
+    ("batch", "model", "world_size", "mend"),
+    [
+        (
+            BatchConfig(128, 8),
+            ModelConfig(),
+            8,
+            "Give --batch.micro_size 4 (it is 8; the global batch stays the same), or --model.loss_chunks 8, or "
+            "--model.activation_checkpointing full.",
+        ),
+        (
+            BatchConfig(18, 9),  # 2 × 9 halves to nothing: the next that divides
+            ModelConfig(loss_chunks=8, activation_checkpointing="full"),
+            1,
+            "Give --batch.micro_size 6 (it is 9; the global batch stays the same).",
+        ),
+        (BatchConfig(8, 1), ModelConfig(loss_chunks=2), 8, "Give --model.activation_checkpointing full."),
+        (
+            BatchConfig(8, 1),
+            ModelConfig(loss_chunks=2, activation_checkpointing="full"),
+            8,
+            "Take a smaller model, more ranks or a larger machine.",
+        ),
+    ],
+)
+def test_memory_that_runs_out_names_the_setting_and_the_number(batch, model, world_size, mend):
+    with pytest.raises(ConfigError) as caught, reports.memory_advice(batch, model, world_size):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert caught.value.mend == mend
+    assert caught.value.what == "the GPU's memory is full: CUDA out of memory. Tried to allocate 2 GiB"
+
+
+def test_other_errors_pass_through_the_advice():
+    with pytest.raises(ZeroDivisionError), reports.memory_advice(BatchConfig(), ModelConfig(), 1):
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="shape"), reports.memory_advice(BatchConfig(), ModelConfig(), 1):
+        raise RuntimeError("shape mismatch")

@@ -11,7 +11,7 @@ from pretrain.model_config import ModelConfig
 from pretrain.plan import make_setup
 from pretrain.scaling import NETWORKS, Collectives, collectives, predict, step_time, wire_bytes
 from tests.engine_matrix import BATCH, FAMILIES, KINDS, OPTIM
-from tests.helpers_training import run_two_ranks
+from tests.helpers_training import run_ranks
 
 MODEL = ModelConfig(size="125M").resolve()
 N = sum(parameter_sizes(MODEL))
@@ -70,7 +70,7 @@ COUNTED = """
     ids=["native", "deepspeed"],
 )
 def test_the_bytes_are_those_that_the_engines_really_hand_over(tmp_path, kinds):
-    for counted in run_two_ranks(COUNTED, arguments=(str(tmp_path), *kinds)):
+    for counted in run_ranks(COUNTED, 2, arguments=(str(tmp_path), *kinds), timeout_s=280):
         for kind, found in counted.items():
             moved = collectives(make_setup(FAMILIES["gpt"], BATCH, EngineConfig(**KINDS[kind]), OPTIM, "bf16", 2))
             gathered = moved.gathered_behind + moved.gathered_after

@@ -16,7 +16,7 @@ from pretrain.config import DataConfig
 from pretrain.errors import ShardError, StorageError
 from pretrain.files import crc32c_of_file
 from pretrain.manifest import DataManifest, ShardEntry
-from pretrain.shards import fetch_shards
+from pretrain.shards import fetch_shards, open_shards
 from pretrain.storage import LocalStore, ObjectInfo
 
 
@@ -151,12 +151,15 @@ def test_another_pad_token_is_another_shard(source, data):
     assert (padded.shards[0].n_tokens, stripped.shards[0].n_tokens) == (4, 2)
 
 
-def test_the_fingerprint_is_of_the_tokens_not_of_where_or_how_they_are_kept(source, data, tmp_path):
+def test_the_fingerprint_is_of_the_files_not_of_where_they_are_or_what_counts_their_tokens(source, data, tmp_path):
     first = fetch_shards(LocalStore(source), data, vocab_size=103)
     copy = tmp_path / "copy"
     shutil.copytree(source, copy)
-    np.savez(copy / "c_2.npz", input_ids=np.arange(102))
+    write_manifest(copy)
     assert fetch_shards(RemoteStore(copy), data, vocab_size=103).fingerprint == first.fingerprint
+    fresh = dataclasses.replace(data, cache_dir=str(tmp_path / "another cache"))
+    assert open_shards(RemoteStore(copy), fresh, vocab_size=103).fingerprint == first.fingerprint
+    (copy / "manifest.json").unlink()
     shutil.move(copy / "c_2.npz", copy / "d_2.npz")
     assert fetch_shards(RemoteStore(copy), data, vocab_size=103).fingerprint != first.fingerprint
 

@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.errors import ConfigError
 from pretrain.sinks import TensorBoardSink, WandbSink, has_wandb_key, tag
+from tests.displays import read_tensorboard
 
 RECORD = {"step": 3, "time": 50.0, "loss": 2.5, "mfu": 0.4, "val_loss": 3.0, "gpu_power_w": 310.0, "note": "warm"}
 
@@ -21,6 +22,11 @@ RECORD = {"step": 3, "time": 50.0, "loss": 2.5, "mfu": 0.4, "val_loss": 3.0, "gp
         ("tokens_per_second", "perf/tokens_per_second"),
         ("data_wait_ms", "perf/data_wait_ms"),
         ("mfu", "perf/mfu"),
+        ("mfu_causal", "perf/mfu_causal"),
+        ("eval_ms", "perf/eval_ms"),
+        ("power_w", "system/power_w"),
+        ("energy_j_per_token", "system/energy_j_per_token"),
+        ("cpu_utilization", "system/cpu_utilization"),
         ("host_memory_gb", "system/host_memory_gb"),
         ("gpu_utilization", "system/gpu_utilization"),
         ("val_loss", "val/loss"),
@@ -46,6 +52,20 @@ def test_tensorboard_hides_the_points_a_resumed_run_repeats(tmp_path):
     assert [(point.step, point.value) for point in charts.Scalars("train/loss")] == [(1, 1.0), (2, 1.0), (3, 2.0)]
     assert charts.Scalars("val/loss")[-1].wall_time == 50.0
     assert sorted(charts.Tags()["scalars"]) == ["perf/mfu", "system/gpu_power_w", "train/loss", "val/loss"]
+
+
+def test_tensorboard_hides_what_a_run_killed_before_its_first_checkpoint_has_shown(tmp_path):
+    for last, loss in ((5, 1.0), (3, 2.0)):
+        sink = TensorBoardSink(tmp_path, {"lr": loss}, 0)
+        for step in range(1, last + 1):
+            sink.write(RECORD | {"step": step, "loss": loss})
+            sink.event("sample", SAMPLE | {"step": step})
+        sink.close()
+    view = read_tensorboard(tmp_path)
+    assert view.points["train/loss"] == [(1, 2.0), (2, 2.0), (3, 2.0)]
+    assert [step for step, _ in view.texts["sample"]] == [1, 2, 3]
+    ((_, settings),) = view.texts["settings"]
+    assert "2.0" in settings
 
 
 class FakeWandb:
@@ -147,6 +167,20 @@ def test_wandb_gets_the_charts_with_the_step_as_a_field(wandb, tmp_path):
     assert fake.finished == 1
 
 
+def test_wandb_is_sent_no_step_and_no_sample_twice(wandb, tmp_path):
+    fake = wandb()
+    open_wandb(tmp_path)  # the run that is resumed
+    sink = WandbSink(tmp_path, "project", "run", {}, 5, 7)
+    for step in (6, 7, 8, 9, 7, 8, 9, 10):  # steps 6 and 7 were shown before, 7 to 9 are taken again after a roll-back
+        sink.write(RECORD | {"step": step})
+        sink.event("sample", SAMPLE | {"step": step})
+    assert [fields["step"] for fields in fake.logged if "sample" not in fields] == [8, 9, 10]
+    assert [fields["step"] for fields in fake.logged if "sample" in fields] == [8, 9, 10]
+    fake.logged.clear()
+    WandbSink(tmp_path, "project", "run", {}, 0, 7).write(RECORD)  # a fresh run is another one to W&B
+    assert [fields["step"] for fields in fake.logged] == [3]
+
+
 def test_a_server_out_of_reach_means_offline(wandb, tmp_path, monkeypatch):
     fake = wandb("init online")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
@@ -162,7 +196,7 @@ def test_wandb_trouble_never_stops_the_training(wandb, tmp_path, fail):
     fake = wandb(fail)
     sink = open_wandb(tmp_path)
     sink.write(RECORD)
-    sink.write(RECORD)
+    sink.write(RECORD | {"step": 4})
     sink.summary({"steps": 3})
     sink.close()
     assert len(fake.logged) == (0 if fail in ("log", "init offline") else 2)

@@ -69,6 +69,16 @@ def test_each_beat_begins_anew(dog, now):
         assert not is_hung_after(dog, now, 19)
 
 
+def test_a_wait_for_data_that_arrives_is_no_hang_and_begins_no_watch(dog, now):
+    dog.excuse()
+    assert not is_hung_after(dog, now, 1000)  # the first step has not ended
+    dog.beat(4)
+    for _ in range(10):
+        dog.excuse()
+        assert not is_hung_after(dog, now, 19)
+    assert is_hung_after(dog, now, 2) and dog.step == 4
+
+
 def test_going_back_to_an_earlier_step_is_a_beat_too(dog, now):
     for step in (5, 3, 3):
         dog.beat(step)

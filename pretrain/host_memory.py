@@ -1,0 +1,64 @@
+"""Memory of the host: what is free here, and what the ranks of a node will take. No torch here.
+
+On a CPU the host's memory is the ranks' own, and a step's peak is what `memory.py` counts. Beside GPUs it holds the
+model while it is built and a checkpoint on its way to the disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+from pretrain import memory
+from pretrain.activations import FP32_BYTES
+from pretrain.memory import MOMENTS_BYTES, Setup
+
+# Of one process: Python, torch and what else is imported; beside a GPU CUDA's context, too. Assumed, not measured.
+PROCESS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
+_CGROUP = Path("/sys/fs/cgroup")
+_LIMITS = (
+    # a container's limit, what is taken of it, and the part of that which the kernel gives back when asked
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
+
+
+def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
+    """Bytes of host memory that the ranks of one node take at most.
+
+    Args:
+        kind: of their devices: "cpu" or "cuda".
+    """
+    size = sum(memory.parameter_sizes(setup.model))
+    saved = (FP32_BYTES + MOMENTS_BYTES) * size // setup.world_size  # a rank's part of a checkpoint
+    if kind == "cpu":
+        held = memory.peak(setup).total + saved
+    else:
+        offloaded = saved if setup.sharding.offload else 0
+        held = max(FP32_BYTES * size, saved) + offloaded  # each rank builds the whole model here, in fp32
+    return local_ranks * (PROCESS_BYTES[kind] + held)
+
+
+def total_bytes() -> int:
+    """Bytes of host memory that this process may use at most: the machine's, or its container's limit."""
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _container(_CGROUP))])
+
+
+def free_bytes() -> int:
+    """Bytes of host memory that can be had now, of the machine's and of its container's."""
+    return min([int(psutil.virtual_memory().available), *(limit - taken for limit, taken in _container(_CGROUP))])
+
+
+def _container(root: Path) -> list[tuple[int, int]]:
+    """(limit, taken) of the container in bytes; nothing where there is no limit."""
+    for limit_file, taken_file, stat_file, given_back in _LIMITS:
+        try:
+            limit = (root / limit_file).read_text().strip()
+            if not limit.isdecimal():  # "max"
+                return []
+            stat = dict(line.split() for line in (root / stat_file).read_text().splitlines())
+            return [(int(limit), int((root / taken_file).read_text()) - int(stat.get(given_back, 0)))]
+        except (OSError, ValueError):
+            continue
+    return []

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import dataclasses
+
+import psutil
+
+from pretrain import host_memory, memory
+from pretrain.config import BatchConfig
+from pretrain.memory import Setup, Sharding
+from pretrain.model_config import ModelConfig
+
+
+def setup_of(world_size: int = 1, **sharding) -> Setup:
+    model = ModelConfig(size="125M").resolve()
+    return Setup(model, "bf16", BatchConfig(8, 4), world_size, Sharding(**sharding))
+
+
+def test_a_rank_on_a_cpu_needs_its_step_and_its_part_of_a_checkpoint():
+    size = sum(memory.parameter_sizes(setup_of().model))
+    one = host_memory.host_bytes(setup_of(), 1, "cpu")
+    assert one == host_memory.PROCESS_BYTES["cpu"] + memory.peak(setup_of()).total + 12 * size
+    two = host_memory.host_bytes(setup_of(2), 2, "cpu")
+    assert two == 2 * (host_memory.PROCESS_BYTES["cpu"] + memory.peak(setup_of(2)).total + 6 * size)
+
+
+def test_beside_gpus_the_host_holds_models_that_are_built_and_what_is_offloaded():
+    size = sum(memory.parameter_sizes(setup_of().model))
+    plain = setup_of(8, engine="deepspeed", stage=2)
+    assert host_memory.host_bytes(plain, 8, "cuda") == 8 * (host_memory.PROCESS_BYTES["cuda"] + 4 * size)
+    offloading = dataclasses.replace(plain, sharding=dataclasses.replace(plain.sharding, offload=True))
+    more = host_memory.host_bytes(offloading, 8, "cuda") - host_memory.host_bytes(plain, 8, "cuda")
+    assert more == 8 * (12 * size // 8)
+
+
+def test_the_limit_of_a_container_counts_and_what_its_kernel_gives_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    machine = psutil.virtual_memory()
+    assert host_memory.total_bytes() == machine.total
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 200000\n")
+    assert (host_memory.total_bytes(), host_memory.free_bytes()) == (1_000_000, 500_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.total_bytes() == machine.total
+
+
+def test_an_older_container_tells_it_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "_CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("700000\n")
+    (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 100000\n")
+    assert (host_memory.total_bytes(), host_memory.free_bytes()) == (1_000_000, 400_000)
