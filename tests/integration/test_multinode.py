@@ -82,7 +82,8 @@ class Node:
             **{"DATA": f"{self.bucket}/shards", "CHECKPOINTS": f"{self.bucket}/Checkpoints", **variables},
         }
         own = [f"--{name}={self.folder / place}" for name, place in OWN_PLACES.items()]
-        words = [*self.host.enter, "bash", str(ROOT / "prod_train.sh"), *own, *OPTIONS, *options]
+        script = [str(ROOT / "prod_train.sh"), "--skip-doctor"]  # which takes long, twice on one machine
+        words = [*self.host.enter, "bash", *script, *own, *OPTIONS, *options]
         return StartedProcess(self.folder, words, environment)
 
     def kill(self) -> None:
