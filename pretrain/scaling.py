@@ -2,12 +2,14 @@
 
 The model, for a step of A micro-batches on W ranks:
 
-    step = computing + reductions that outlast the backward pass they run behind
-                     + gatherings that outlast the passes they run behind + what runs behind nothing + messages × latency
+    step = computing
+         + reductions, as far as they outlast the backward passes that they run behind
+         + gatherings, as far as they outlast the passes that they run behind, and all of what runs behind nothing
+         + messages × latency
 
-A collective of S bytes by rings puts f·(W-1)/W·S on each rank's link, f = 2 for an all-reduce and 1 for a reduce-scatter
-or an all-gather (Thakur et al. 2005). Over nodes the same bytes leave each node once for all of its GPUs together, so the
-slower of the two kinds of link decides. `benchmarks/bench_scaling.py` holds the model against measured steps.
+A collective of S bytes by rings puts f·(W-1)/W·S on each rank's link: f = 2 for an all-reduce, 1 for a reduce-scatter
+or an all-gather (Thakur et al. 2005). Over nodes the same bytes leave each node once for all of its GPUs together, and
+the slower of the two kinds of link decides. `benchmarks/bench_scaling.py` holds the model against measured steps.
 """
 
 from __future__ import annotations
@@ -16,11 +18,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.activations import FP32_BYTES
 from pretrain.gpus import PEAK_FLOPS, expected_mfu
-from pretrain.memory import COMPUTE_BYTES, FP32_BYTES, Setup, parameter_sizes
+from pretrain.memory import COMPUTE_BYTES, Setup, parameter_sizes
+from pretrain.model_config import parameter_shapes
 
 GB = 1e9
 LINK_SHARE = 0.8  # of its data sheet that a link gives a collective; assumed, not measured by us
+REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance and stage3_max_live_parameters
 LATENCY_S = 10e-6  # of one hop; assumed
 BACKWARD_SHARE = 2 / 3  # of a pass: twice the FLOPs of the forward pass
 MESSAGE_BYTES = 64 * 2**20  # of one message, where weights or gradients travel in buckets
@@ -90,19 +95,25 @@ def collectives(setup: Setup) -> Collectives:
     sharding, c = setup.sharding, COMPUTE_BYTES[setup.precision]
     elements, accumulation = sum(parameter_sizes(setup.model)), setup.batch.accumulation(setup.world_size)
     weights = float(c * elements)
+    blocks = c * sum(math.prod(shape) for name, shape in parameter_shapes(setup.model) if name.startswith("blocks."))
     if sharding.is_plain:
         return Collectives(all_reduced=FP32_BYTES * elements)
     if sharding.engine == "fsdp":
         passes = 1 if sharding.keeps_gradients else accumulation
         reduced = float(passes * FP32_BYTES * elements)
-        return Collectives(reduce_scattered=reduced, gathered_behind=2 * accumulation * weights, passes=passes)
+        # what lies outside the blocks stays whole from the forward to the backward pass
+        gathered = accumulation * (weights + blocks)
+        return Collectives(reduce_scattered=reduced, gathered_behind=gathered, passes=passes)
     if sharding.stage == 0:
         return Collectives(all_reduced=weights)
     passes = accumulation if sharding.stage >= 2 else 1
     if sharding.stage == 3:
-        gathered = 2 * accumulation * weights
+        # gathered for the forward pass, and again for the backward pass where it was not kept until then
+        again = max(0.0, weights - c * REUSE_ELEMENTS)
+        gathered = accumulation * (weights + again)
         return Collectives(reduce_scattered=passes * weights, gathered_behind=gathered, passes=passes)
-    return Collectives(reduce_scattered=passes * weights, gathered_after=weights, passes=passes)
+    # DeepSpeed all-reduces each bucket and every rank keeps its share (use_multi_rank_bucket_allreduce)
+    return Collectives(all_reduced=passes * weights, gathered_after=weights, passes=passes)
 
 
 def wire_bytes(moved: Collectives, world_size: int) -> float:
@@ -112,7 +123,13 @@ def wire_bytes(moved: Collectives, world_size: int) -> float:
 
 
 def step_time(
-    moved: Collectives, computing_s: float, accumulation: int, world_size: int, seconds_a_byte: float, latency_s: float
+    moved: Collectives,
+    computing_s: float,
+    accumulation: int,
+    world_size: int,
+    seconds_a_byte: float,
+    latency_s: float,
+    overlap: float = 1.0,
 ) -> StepTime:
     """The model.
 
@@ -120,14 +137,15 @@ def step_time(
         computing_s: of a step without communication.
         seconds_a_byte: that a collective needs for a byte on a rank's wire.
         latency_s: of one message among all ranks.
+        overlap: the share of the passes behind which something can travel: 0 where the cores move it themselves.
     """
     share = (world_size - 1) / world_size * seconds_a_byte
     reducing = share * (2 * moved.all_reduced + moved.reduce_scattered)
     behind, after = share * moved.gathered_behind, share * moved.gathered_after
     one_pass = computing_s / accumulation
-    room = BACKWARD_SHARE * one_pass * moved.passes
+    room = overlap * BACKWARD_SHARE * one_pass * moved.passes
     # gradients have the backward passes to travel behind; what gathers weights has all passes, and the rest of these
-    exposed = max(0.0, reducing - room) + max(0.0, behind - (computing_s - min(reducing, room))) + after
+    exposed = max(0.0, reducing - room) + max(0.0, behind - (overlap * computing_s - min(reducing, room))) + after
     sent = moved.all_reduced + moved.reduce_scattered + moved.gathered_behind + moved.gathered_after
     messages = math.ceil(sent / MESSAGE_BYTES)
     return StepTime(computing_s, reducing + behind + after, exposed, messages * latency_s)

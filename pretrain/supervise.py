@@ -23,8 +23,9 @@ and its ranks with it (Linux).
 With several nodes each runs its own supervisor around its own launcher, and none knows of the others. When one node
 fails, the ranks of the others lose their peer and fail too, so that all start again, and node 0's new launcher is where
 they meet. Its old one may still answer for a while: a node that came back sooner fails once more, at the cost of a
-restart. A node that doesn't come back within torchrun's time for a rendezvous ends the others with exit code 2, and one
-that was stopped by a signal is waited for just as long: stop all nodes, or none.
+restart, unless it waits (pretrain/rendezvous.py does). A node that doesn't come back within the time that nodes wait
+for each other ends the others with exit code 2, and one that was stopped by a signal is waited for just as long: stop
+all nodes, or none. With --nnodes=1:2 the others go on without it.
 
 Each restart is a line in logs/{run}/restarts.jsonl: time, host, exit_code, reason, restart (1: the first without
 progress), and step, of the checkpoint that it goes on from as far as this machine knows.

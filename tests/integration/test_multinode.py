@@ -82,7 +82,8 @@ class Node:
             **{"DATA": f"{self.bucket}/shards", "CHECKPOINTS": f"{self.bucket}/Checkpoints", **variables},
         }
         own = [f"--{name}={self.folder / place}" for name, place in OWN_PLACES.items()]
-        words = [*self.host.enter, "bash", str(ROOT / "prod_train.sh"), *own, *OPTIONS, *options]
+        script = [str(ROOT / "prod_train.sh"), "--skip-doctor"]  # which takes long, twice on one machine
+        words = [*self.host.enter, "bash", *script, *own, *OPTIONS, *options]
         return StartedProcess(self.folder, words, environment)
 
     def kill(self) -> None:
@@ -190,6 +191,28 @@ def test_a_wire_that_is_cut_is_noticed_and_the_run_goes_on_when_it_is_mended(nod
     assert codes == [0, 0], one.output + two.output
     assert list(losses(first.folder)) == list(range(1, STEPS + 1))
     assert first.restarts and second.restarts
+
+
+@pytest.mark.slow
+def test_what_can_not_work_ends_every_node_within_half_a_minute_by_one_line(nodes):
+    first, second = nodes
+    with first.start() as one, second.start("--lr", "0.1") as two:
+        one.until_said("config error")
+        started = time.monotonic()
+        ends = [process.wait() for process in (one, two)]
+        assert time.monotonic() - started < 30
+    assert [end.code for end in ends] == [2, 2]
+    (line,) = ends[0].errors
+    assert "rank 1 on host-" in line and "optim.lr is 0.1 instead of 0.003" in line
+    assert ends[1].errors == []
+
+    nowhere = second.master.rpartition(".")[0] + ".250"
+    started = time.monotonic()
+    with second.start(MASTER_ADDR=nowhere) as alone:
+        end = alone.wait()
+    assert end.code == 2 and time.monotonic() - started < 45  # the set-up's look at its packages included
+    (line,) = end.errors
+    assert f"the nodes could not meet at {nowhere}:{PORT}: node 0 can't be reached" in line
 
 
 def state_in_bucket(bucket: str, tmp_path: Path) -> dict[str, np.ndarray]:

@@ -155,7 +155,10 @@ def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine)
         ({"GPUS": "eight"}, ["GPUS=eight is not a number of processes", "GPUS=8"]),
         ({"NNODES": "0"}, ["NNODES=0 is not a number of nodes"]),
         ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "x"}, ["NODE_RANK=2", "from 0 to 1"]),
+        ({"NNODES": "2:1"}, ["NNODES=2:1 is not a number of nodes", "NNODES=1:4"]),
         ({"NNODES": "2"}, ["NNODES=2 needs MASTER_ADDR"]),
+        ({"NNODES": "2", "MASTER_ADDR": "x", "MEET_S": "soon"}, ["MEET_S=soon is not a number of seconds"]),
+        ({"HOSTFILE": "hosts", "NNODES": "2"}, ["HOSTFILE and NNODES are both set", "Unset NNODES"]),
         ({"MAX_RESTARTS": "-1"}, ["MAX_RESTARTS=-1 is not a number of restarts"]),
         ({"GRACE_S": "20s"}, ["GRACE_S=20s is not a number of seconds", "GRACE_S=20"]),
         ({}, ["no NVIDIA GPU on this machine", "GPUS=2 PRECISION=bf16"]),
@@ -175,3 +178,16 @@ def test_what_train_py_refuses_the_dry_run_refuses(machine):
     assert done.code == 2 and "train.precision is 'fp12'" in done.output, done.output
     without_data = machine.run("setup_prod.sh")
     assert without_data.code == 2 and "DATA is not set" in without_data.output
+
+
+def test_a_hostfile_gives_the_launch_command_of_this_node_and_a_wrong_one_is_refused(machine):
+    hosts = machine.folder / "hosts"
+    hosts.write_text("10.255.0.1 slots=4\n10.255.0.2 slots=4\n")
+    options = ("--dry-run", "--batch.micro_size", "1")
+    done = machine.run("prod_train.sh", *options, DATA="gs://b/shards", HOSTFILE=str(hosts), NODE_RANK="1")
+    assert done.code == 0, done.output
+    assert "--nproc_per_node=4 --nnodes=2 --node_rank=1 --master_addr=10.255.0.1" in done.output
+    assert "# resolved config on 8 ranks" in done.output
+    elsewhere = machine.run("prod_train.sh", *options, DATA="gs://b/shards", HOSTFILE=str(hosts))
+    assert elsewhere.code == 2 and "has no line for this machine" in elsewhere.output, elsewhere.output
+    assert len(elsewhere.errors) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,11 @@ def test_the_models_page_has_every_size_with_its_count_and_every_familys_options
         assert [cell.strip() for cell in row] == [getattr(ModelConfig(family=f).resolve(), option) for f in FAMILIES]
     neox = ModelConfig(family="neox", size="1.2B").resolve()
     assert f"{neox.n_parameters:,}" in text
+
+
+def test_the_scaling_page_shows_what_its_command_prints():
+    text = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    command = re.search(r"^python (scripts/plan\.py .*--scaling.*)$", text, re.MULTILINE)[1]
+    shown = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    words = [sys.executable, *command.split()]
+    assert subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout == shown

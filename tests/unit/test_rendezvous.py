@@ -21,7 +21,7 @@ from pathlib import Path
 names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_ADDR")
 Path(sys.argv[1], os.environ["NODE"]).write_text(json.dumps({name: os.environ[name] for name in names}))
 """
-PATIENCE_S = 60
+PATIENCE_S = 200  # a launcher imports torch, and the machine may be busy
 
 
 @contextlib.contextmanager

@@ -16,10 +16,11 @@ import psutil
 import pytest
 
 from pretrain import supervise
+from pretrain.arguments import launched_ranks
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName, Manifest
 from pretrain.errors import ConfigError
 from pretrain.processes import _LIBC as LIBC
-from pretrain.processes import PR_SET_CHILD_SUBREAPER, LaunchedCommand
+from pretrain.processes import PR_SET_CHILD_SUBREAPER, RESTARTED, LaunchedCommand
 from pretrain.stopping import StopRequest
 from pretrain.supervise import Policy, SupervisedRun, Supervisor
 
@@ -98,6 +99,12 @@ class World:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.fixture(autouse=True)
+def _started_for_the_first_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(RESTARTED, "")  # so that it is taken back
+    monkeypatch.delenv(RESTARTED)
+
+
 @pytest.fixture
 def world(tmp_path: Path) -> World:
     return World(tmp_path)
@@ -117,6 +124,13 @@ def test_everything_else_is_restarted_until_it_ends_well(world, code, capsys):
     shown = code if code >= 0 else 128 - code
     assert len(lines) == 2 and all(f"(exit code {shown}) after 7 s" in line for line in lines)
     assert "restart 1 of 3" in lines[0] and "restart 2 of 3" in lines[1]
+
+
+def test_a_command_that_is_started_again_knows_it(world):
+    known = []
+    world.on_start = lambda _: known.append(os.environ.get(RESTARTED))
+    assert world.supervise(1, 137, 0) == 0
+    assert known == [None, "1", "2"]
 
 
 def test_each_attempt_is_cleared_away_before_the_next(world):
@@ -254,6 +268,32 @@ def test_what_train_py_refuses_is_refused_with_the_ranks_that_the_launcher_start
         found("pretrain.launch", "--nproc-per-node", "4", "--nnodes=2", *options)
     with pytest.raises(ConfigError, match="nproc_per_node=gpu"):
         found("pretrain.launch", "--nproc_per_node=gpu", *options)
+
+
+def test_an_elastic_run_must_divide_its_batch_among_any_number_of_its_nodes():
+    options = ["train.py", "--data", "x", "--batch.global_size", "8", "--batch.micro_size", "2"]
+    assert found("pretrain.launch", "--nproc_per_node=2", "--nnodes=1:2", *options)
+    with pytest.raises(ConfigError, match="× 6 ranks"):
+        found("pretrain.launch", "--nproc_per_node=2", "--nnodes=2:4", *options)
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ([], [1]),
+        (["--nproc-per-node", "4"], [4]),
+        (["--nnodes=2", "--nproc_per_node=4"], [8]),
+        (["--nnodes=1:3"], [1, 2, 3]),
+    ],
+)
+def test_the_launchers_options_tell_how_many_ranks_there_may_be(words, sizes):
+    assert launched_ranks(words) == sizes
+
+
+@pytest.mark.parametrize("nnodes", ["0", "2:1", "x", "1:x", ":2"])
+def test_a_number_of_nodes_that_can_not_be_is_refused(nnodes):
+    with pytest.raises(ConfigError, match=f"--nnodes={nnodes}"):
+        launched_ranks([f"--nnodes={nnodes}"])
 
 
 def test_another_command_needs_to_be_told_where_its_checkpoints_are(capsys):

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from pretrain import scaling
+from pretrain.config import BatchConfig, EngineConfig
+from pretrain.memory import Setup, parameter_sizes
+from pretrain.model_config import ModelConfig
+from pretrain.plan import make_setup
+from pretrain.scaling import NETWORKS, Collectives, collectives, predict, step_time, wire_bytes
+from tests.engine_matrix import BATCH, FAMILIES, KINDS, OPTIM
+from tests.helpers_training import run_ranks
+
+MODEL = ModelConfig(size="125M").resolve()
+N = sum(parameter_sizes(MODEL))
+FAST, SLOW = NETWORKS["8 × 400 Gb/s"], NETWORKS["1 × 400 Gb/s"]
+
+
+def setup_of(ranks: int = 8, global_size: int = 128, micro_size: int = 8, **engine) -> Setup:
+    batch = BatchConfig(global_size=global_size, micro_size=micro_size)
+    return make_setup(MODEL, batch, EngineConfig(**engine), OPTIM, "bf16", ranks)
+
+
+def test_one_rank_moves_nothing():
+    moved = collectives(setup_of(1, name="ddp"))
+    assert moved == Collectives() and wire_bytes(moved, 1) == 0
+    assert predict(setup_of(1, name="ddp"), "H100 SXM", FAST).efficiency == 1
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),
+    [
+        ({"name": "ddp"}, {"all_reduced": 4 * N}),  # fp32 gradients, once
+        ({"name": "deepspeed", "zero_stage": 0}, {"all_reduced": 2 * N}),
+        ({"name": "deepspeed", "zero_stage": 1}, {"all_reduced": 2 * N, "gathered_after": 2 * N}),
+        ({"name": "deepspeed", "zero_stage": 2}, {"all_reduced": 2 * 2 * N, "gathered_after": 2 * N, "passes": 2}),
+        (
+            {"name": "deepspeed", "zero_stage": 3},
+            {"reduce_scattered": 2 * 2 * N, "gathered_behind": 2 * 2 * N, "passes": 2},
+        ),
+    ],
+)
+def test_what_a_step_of_two_micro_batches_moves(engine, expected):
+    assert dataclasses.asdict(collectives(setup_of(**engine))) == dataclasses.asdict(Collectives(**expected))
+
+
+COUNTED = """
+    from pathlib import Path
+    from tests.engine_matrix import Bench
+    from tests.traffic_count import TrafficCount
+    bench = Bench(me, Path(sys.argv[1]), "bf16")
+    counted = {}
+    for kind in sys.argv[2:]:
+        engine = bench.build(kind)
+        with TrafficCount() as count:
+            bench.train(engine, range(1))
+        counted[kind] = dict(count.bytes)
+    print(json.dumps(counted))
+"""
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ("ddp", "fsdp", "fsdp, reducing at every micro-step"),
+        pytest.param(("zero0", "zero1", "zero2", "zero3"), marks=pytest.mark.slow),
+    ],
+    ids=["native", "deepspeed"],
+)
+def test_the_bytes_are_those_that_the_engines_really_hand_over(tmp_path, kinds):
+    for counted in run_ranks(COUNTED, 2, arguments=(str(tmp_path), *kinds), timeout_s=280):
+        for kind, found in counted.items():
+            moved = collectives(make_setup(FAMILIES["gpt"], BATCH, EngineConfig(**KINDS[kind]), OPTIM, "bf16", 2))
+            gathered = moved.gathered_behind + moved.gathered_after
+            expected = {"all_reduce": moved.all_reduced, "reduce_scatter": moved.reduce_scattered}
+            for collective, size in {**expected, "all_gather": gathered}.items():
+                # what an engine pads, and what is too small to be counted
+                assert found.get(collective, 0) == pytest.approx(size, rel=0.05), (kind, collective)
+            assert set(found) <= {*expected, "all_gather"}
+
+
+def test_rings_put_twice_an_all_reduce_on_the_wire_and_once_the_rest():
+    assert wire_bytes(Collectives(all_reduced=100), 2) == 100
+    assert wire_bytes(Collectives(all_reduced=100, gathered_after=10), 4) == pytest.approx(0.75 * 210)
+
+
+def test_what_fits_behind_the_backward_passes_costs_nothing_and_the_rest_does():
+    ask = {"computing_s": 3.0, "accumulation": 1, "world_size": 2, "seconds_a_byte": 1.0, "latency_s": 0.0}
+    assert step_time(Collectives(all_reduced=2.0), **ask).total == 3
+    assert step_time(Collectives(all_reduced=2.5), **ask).total == 3.5
+    assert step_time(Collectives(gathered_after=1.0), **ask).total == 3.5  # nothing computes meanwhile
+    assert step_time(Collectives(all_reduced=2.0, gathered_behind=2.0), **ask).total == 3  # and the forward pass
+    assert step_time(Collectives(all_reduced=2.0, gathered_behind=4.0), **ask).total == 4
+    assert step_time(Collectives(all_reduced=2.0), **ask, overlap=0.0).total == 5
+    # of four micro-batches the last one alone has room for what is reduced once
+    assert step_time(Collectives(all_reduced=2.0), **{**ask, "accumulation": 4}).exposed == 1.5
+
+
+def test_more_of_the_slower_link_costs_more_and_a_larger_batch_less():
+    def efficiency(ranks, network, global_size=128):
+        return predict(setup_of(ranks, global_size, 1, name="ddp"), "H100 SXM", network).efficiency
+
+    assert efficiency(8, SLOW) == efficiency(8, FAST)  # within a node there is no network
+    assert efficiency(64, SLOW) < efficiency(64, FAST) < efficiency(8, FAST)
+    assert efficiency(64, SLOW) < efficiency(64, SLOW, 1024)
+
+
+def test_a_row_is_plain_values_of_the_same_model():
+    setup = setup_of(16, name="deepspeed")
+    row = scaling.scaling_row(setup, "H100 SXM", FAST)
+    assert (row["engine"], row["gpus"], row["accumulation"]) == ("deepspeed ZeRO-2", 16, 1)
+    assert row["gb_a_step"] == round(wire_bytes(collectives(setup), 16) / 1e9, 2)
+    assert row["step_ms"] >= row["computing_ms"] and 0 < row["efficiency"] <= 1
