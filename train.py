@@ -100,8 +100,6 @@ def build(invocation: Invocation) -> Run:
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
     from pretrain.outset import check_memory, open_instruments, settle_micro_size
-    from pretrain.pretrained import first_weights
-    from pretrain.progress import Progress
     from pretrain.run import Run
 
     config, run_name = invocation.config, invocation.config.run.name
@@ -124,9 +122,9 @@ def build(invocation: Invocation) -> Run:
     model = build_model(config, device, me)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
-    history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
+    history, watch = LossTracker(), Watch(config.train, vocab_size)
     if checkpoint is None:
-        engine.initialise(first_weights(config.model, config.run.seed))
+        progress = start_afresh(engine, config.model, config.run.seed)
     else:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
@@ -185,6 +183,15 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     if config.train.compile or is_fp8:
         compile_model(model, device, me)
     return model
+
+
+def start_afresh(engine: Engine, model: ModelConfig, seed: int) -> Progress:
+    """Give the engine its first weights: drawn by the seed, or those of `model.init_from`."""
+    from pretrain.pretrained import first_weights
+    from pretrain.progress import Progress
+
+    engine.initialise(first_weights(model, seed))
+    return Progress()
 
 
 def take_over(

@@ -129,6 +129,8 @@ PUBLISHED_MFU: dict[str, dict[float, float]] = {
     "A100": {0.125e9: 0.448, 0.356e9: 0.516, 0.76e9: 0.569, 1.32e9: 0.599, 2.65e9: 0.621, 6.66e9: 0.642},
 }
 HOPPER_AND_LATER = ("GB200", "B200", "H200", "GH200", "H100", "H800")
+# Compute capability 8.9 and more: Ada, Hopper, Blackwell; how labels of PEAK_FLOPS begin.
+FP8_UNITS = (*HOPPER_AND_LATER, "H20", "L40", "L4", "RTX 5090", "RTX 4090", "RTX 6000 Ada")
 ASSUMED_MFU = 0.30
 PUBLISHED_BY = "published by LLM Foundry, not ours"
 

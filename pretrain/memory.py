@@ -3,9 +3,8 @@
 A step is walked from its forward pass to its update, and at each moment that can be the fullest what is alive then is
 added up: `peak` is the largest. What a forward pass saves is `activations.py`. Counted is what torch's allocator hands
 out in eager mode; CUDA's own share is `FRAMEWORK_BYTES`. torch.compile may keep less. Sizes below: c bytes of compute
-precision, P parameters, N ranks.
+precision, P parameters, N ranks. Building an engine is no fuller than a step: weights come one parameter at a time.
 
-An engine takes this memory once, and its weights come parameter by parameter: building one is no fuller than a step.
 Counted against torch's tracker (one rank) and DeepSpeed's real allocations (ZeRO-1 and 2, two ranks) by tests. Derived
 from how they work, and not measured: `ddp`'s messages, ZeRO-0, ZeRO-3, offloading and FSDP:
 

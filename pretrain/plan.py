@@ -14,7 +14,7 @@ from pretrain import memory
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
-from pretrain.gpus import CARDS, PEAK_FLOPS, expected_mfu
+from pretrain.gpus import CARDS, FP8_UNITS, PEAK_FLOPS, expected_mfu
 from pretrain.memory import Moment, Setup, Sharding
 from pretrain.model_config import ModelConfig
 
@@ -150,6 +150,8 @@ def peak_tflops(gpu: Gpu, precision: str) -> float:
 
     Of fp8 it is bf16's, in which the head, attention and the outer blocks are computed.
     """
+    if precision == "fp8" and not gpu.peak.startswith(FP8_UNITS):
+        return 0
     rate: float = getattr(PEAK_FLOPS[gpu.peak], "bf16" if precision == "fp8" else precision)
     return rate
 
@@ -162,7 +164,8 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
     """
     peak = peak_tflops(gpu, setup.precision)
     if not peak:
-        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
+        able = "bf16" if setup.precision == "fp8" and PEAK_FLOPS[gpu.peak].bf16 else "fp16"
+        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", f"Give --precision {able}.")
     efficiency = expected_mfu(gpu.peak, setup.model.n_parameters)
     mfu, source = efficiency.mfu, efficiency.source
     if setup.precision == "fp8":

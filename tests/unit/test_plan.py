@@ -219,3 +219,8 @@ def test_fp8_is_planned_as_bf16_without_what_can_not_train_in_it(capsys):
     assert {row["engine"] for row in fp8} == {"ddp", "fsdp"}
     assert [row["required_gb"] for row in fp8] == [row["required_gb"] for row in bf16[: len(fp8)]]
     assert "what fp8 gains is not known" in fp8[0]["mfu_source"]
+    for card in ("l4", "h200", "rtx-5090", "gb200"):
+        assert plan.peak_tflops(plan.Gpu.named(card), "fp8") == plan.peak_tflops(plan.Gpu.named(card), "bf16") > 0
+    for card, able in (("a100-80gb", "bf16"), ("v100-32gb", "fp16")):
+        with pytest.raises(ConfigError, match=f"{card} can't multiply in fp8.*--precision {able}"):
+            plan.expected_speed(dataclasses.replace(setup_of(engine="fsdp"), precision="fp8"), plan.Gpu.named(card))
