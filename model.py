@@ -95,10 +95,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys and values
-        self.head_dim = config.head_dim
-        self.dropout = config.dropout
-        self.kernel = kernel
-        self.layer = layer
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.kernel, self.layer = kernel, layer
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=bool(config.bias))
         self.proj = Linear(config.n_head * config.head_dim, config.d_model, bias=bool(config.bias))
         if config.qk_norm:
@@ -140,8 +138,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        bias = bool(config.bias)
-        self.activation = config.activation
+        self.activation, bias = config.activation, bool(config.bias)
         if config.activation == "swiglu":
             self.gate = Linear(config.d_model, config.d_ff, bias=bias)
         self.up = Linear(config.d_model, config.d_ff, bias=bias)

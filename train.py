@@ -13,16 +13,14 @@ The story, told below in this order: parse → validate → build → loop → c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 # Nothing up here imports torch, so that a wrong setting is told in half a second.
-from pretrain import failpoints, log
+from pretrain import log
 from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from_env
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
@@ -99,7 +97,7 @@ def build(invocation: Invocation) -> Run:
     from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
-    from pretrain.outset import check_memory, open_instruments, settle_micro_size
+    from pretrain.outset import check_memory, meet, open_instruments, settle_micro_size
     from pretrain.run import Run
 
     config, run_name = invocation.config, invocation.config.run.name
@@ -122,9 +120,9 @@ def build(invocation: Invocation) -> Run:
     model = build_model(config, device, me)
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
-    history, watch = LossTracker(), Watch(config.train, vocab_size)
+    history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
     if checkpoint is None:
-        progress = start_afresh(engine, config.model, config.run.seed)
+        engine.initialise(first_weights(config.model, config.run.seed))
     else:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
@@ -132,22 +130,6 @@ def build(invocation: Invocation) -> Run:
     instruments = open_instruments(config, me, device, total_steps, progress.step, checkpoint)
     parts = (config, me, device, corpus, model, engine, keeper, *instruments, history, watch, progress)
     return Run(*parts, total_steps, prediction)
-
-
-def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
-    """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
-    from pretrain import hardware, ranks
-    from pretrain.alike import check_alike
-    from pretrain.topology import tell_topology
-
-    device = hardware.resolve_device(ranks.local_ranks()[0])
-    hardware.check_precision(device, config.train.precision)
-    me = ranks.join(device, config.train.timeout_minutes)
-    failpoints.arm(me.rank)
-    log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
-    check_alike(me, ROOT, dataclasses.asdict(config))
-    tell_topology(me, device, config.train.timeout_minutes)
-    return device, me
 
 
 def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
@@ -183,15 +165,6 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     if config.train.compile or is_fp8:
         compile_model(model, device, me)
     return model
-
-
-def start_afresh(engine: Engine, model: ModelConfig, seed: int) -> Progress:
-    """Give the engine its first weights: drawn by the seed, or those of `model.init_from`."""
-    from pretrain.pretrained import first_weights
-    from pretrain.progress import Progress
-
-    engine.initialise(first_weights(model, seed))
-    return Progress()
 
 
 def take_over(

@@ -33,8 +33,7 @@ from pretrain.storage import ObjectStore, open_store
 from pretrain.upload_queue import UploadQueue
 from pretrain.uploads import UploadJob, list_commits
 
-ABANDON_S = 60.0  # that a run which met an error still gives to what it has saved
-NOTABLE_WAIT_S = 0.1
+ABANDON_S, NOTABLE_WAIT_S = 60.0, 0.1  # what a run which met an error gives to what it has saved; what is told
 
 logger = log.get(__name__)
 

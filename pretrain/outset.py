@@ -1,13 +1,17 @@
-"""What a run settles before its first step: the micro batch, whether it fits, and what measures and records it."""
+"""What a run settles before its first step: its place among the ranks, the micro batch, whether it fits, and what
+measures and records it."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import psutil
 import torch
 
-from pretrain import budget
+from pretrain import budget, failpoints, hardware, log, ranks
+from pretrain.alike import check_alike
+from pretrain.arguments import ROOT
 from pretrain.budget import Prediction
 from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
@@ -18,6 +22,19 @@ from pretrain.plan import make_setup
 from pretrain.progress import carried_ledger
 from pretrain.ranks import Ranks
 from pretrain.telemetry import Telemetry, open_telemetry
+from pretrain.topology import tell_topology
+
+
+def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
+    """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
+    device = hardware.resolve_device(ranks.local_ranks()[0])
+    hardware.check_precision(device, config.train.precision)
+    me = ranks.join(device, config.train.timeout_minutes)
+    failpoints.arm(me.rank)
+    log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
+    check_alike(me, ROOT, asdict(config))
+    tell_topology(me, device, config.train.timeout_minutes)
+    return device, me
 
 
 def settle_micro_size(config: Config, device: torch.device, ranks: Ranks) -> Config:

@@ -3,8 +3,8 @@
     pretrained = load_pretrained("checkpoints/test", device=torch.device("cpu"), dtype=torch.float32)
     logits = pretrained.model(tokens)
 
-A place is a checkpoint's folder, a run's folder (its newest checkpoint that verifies), the gs:// or file:// url of
-either, or a folder with a Hugging Face config.json. The optimizer's moments are neither fetched nor verified here.
+A place is the folder of a checkpoint or of a run (its newest that verifies), its gs:// or file:// url, or a folder with
+a Hugging Face config.json. The optimizer's moments are neither fetched nor verified here.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ from pretrain.uploads import list_commits
 logger = log.get(__name__)
 
 CACHE_DIR = Path("cache/checkpoints")
-STORAGE = StorageConfig()
-CONFIG_FILE = "config.yaml"
+STORAGE, CONFIG_FILE = StorageConfig(), "config.yaml"
 RETIRED = {"compile"}  # settings of older versions that said nothing about the shape
 SEE = "Name a checkpoint's folder or a run's, or a gs:// url: python scripts/checkpoint_viewer.py list"
 

@@ -299,8 +299,8 @@ def test_the_model_knows_torch_and_the_standard_library():
 
 @in_library
 def test_no_part_is_handed_the_whole_config(path):
-    # what reads it, and what holds all that train.py built
-    if noun(path) not in ("config", "config_checks", "arguments", "run"):
+    # what reads it, what settles a run with train.py, and what holds all that train.py built
+    if noun(path) not in ("config", "config_checks", "arguments", "outset", "run"):
         assert ("pretrain.config", "Config") not in imports_of(path)
 
 
