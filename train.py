@@ -98,6 +98,8 @@ def build(invocation: Invocation) -> Run:
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
     from pretrain.outset import check_memory, meet, open_instruments, settle_micro_size
+    from pretrain.pretrained import first_weights
+    from pretrain.progress import Progress
     from pretrain.run import Run
 
     config, run_name = invocation.config, invocation.config.run.name
