@@ -91,13 +91,12 @@ def train(invocation: Invocation) -> int:
 
 def build(invocation: Invocation) -> Run:
     """Meet the other ranks, find what to resume, find the data, build the model and its engine."""
-    from pretrain.corpus import fetch_corpus
     from pretrain.divergence import Watch
     from pretrain.engine.build import build_engine
     from pretrain.generation import check_sample
     from pretrain.history import LossTracker
     from pretrain.keeper import Keeper
-    from pretrain.outset import check_memory, meet, open_instruments, settle_micro_size
+    from pretrain.outset import check_memory, find_corpus, meet, open_instruments, settle_micro_size
     from pretrain.pretrained import first_weights
     from pretrain.progress import Progress
     from pretrain.run import Run
@@ -108,15 +107,7 @@ def build(invocation: Invocation) -> Run:
     prediction = check_memory(config, device, me, invocation.force)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()
-    corpus = fetch_corpus(
-        config.data,
-        config.storage,
-        config.model,
-        me,
-        global_size=config.batch.global_size,
-        seed=config.run.seed,
-        eval_sequences=config.train.eval_sequences,
-    )
+    corpus = find_corpus(config, me)
     config = config.with_document_end(corpus.document_end)
     check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
     model = build_model(config, device, me)

@@ -15,6 +15,7 @@ from pretrain.arguments import ROOT
 from pretrain.budget import Prediction
 from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
+from pretrain.corpus import Corpus, fetch_corpus
 from pretrain.memory import Setup
 from pretrain.metrics import Metrics, open_metrics
 from pretrain.micro_batch import choose_micro_size
@@ -53,6 +54,12 @@ def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool
 def _setup(config: Config, ranks: Ranks) -> Setup:
     engine, optim, masked = config.engine, config.optim, config.data.document_mask
     return make_setup(config.model, config.batch, engine, optim, config.train.precision, ranks.world_size, masked)
+
+
+def find_corpus(config: Config, ranks: Ranks) -> Corpus:
+    """What the run trains and validates on; see `corpus.fetch_corpus`."""
+    sizes = {"global_size": config.batch.global_size, "eval_sequences": config.train.eval_sequences}
+    return fetch_corpus(config.data, config.storage, config.model, ranks, seed=config.run.seed, **sizes)
 
 
 def open_instruments(
