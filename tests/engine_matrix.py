@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ class Memory:
     highest = 0
 
     def __enter__(self) -> Memory:
+        gc.collect()  # what an engine before left in circles must not be freed meanwhile
         self._trace = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
         return self
 
