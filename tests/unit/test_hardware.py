@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import types
@@ -71,7 +72,7 @@ def test_a_gpu_before_ampere_refuses_bf16_and_names_what_it_can(gpus) -> None:
 
 
 def test_fp8_is_for_ada_hopper_and_later_and_needs_torchao(gpus, monkeypatch) -> None:
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     hardware.check_precision(GPU, "fp8")
     gpus.update(name="NVIDIA L4", capability=(8, 9))
     hardware.check_precision(GPU, "fp8")
@@ -81,7 +82,7 @@ def test_fp8_is_for_ada_hopper_and_later_and_needs_torchao(gpus, monkeypatch) ->
     with pytest.raises(ConfigError, match=r"fp8, which a CPU can't train in; it can fp32, bf16"):
         hardware.check_precision(CPU, "fp8")
     gpus.update(name="NVIDIA H100 80GB HBM3", capability=(9, 0))
-    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"torchao is not installed.*pip install -r requirements-fp8\.txt"):
         hardware.check_precision(GPU, "fp8")
 
