@@ -1,7 +1,7 @@
 """Memory of the host: what is free here, and what the ranks of a node will take. No torch here.
 
-On a CPU the host's memory is the ranks' own, and a step's peak is what `memory.py` counts. Beside GPUs it holds the
-model while it is built and a checkpoint on its way to the disk.
+On a CPU the host's memory is the ranks' own, and a step's peak is what `memory.py` counts. Beside GPUs it holds a
+parameter that is read or drawn, and a checkpoint on its way to the disk.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
     Args:
         kind: of their devices: "cpu" or "cuda".
     """
-    size = sum(memory.parameter_sizes(setup.model))
+    sizes = memory.parameter_sizes(setup.model)
+    size = sum(sizes)
     saved = (FP32_BYTES + MOMENTS_BYTES) * size // setup.world_size  # a rank's part of a checkpoint
     if kind == "cpu":
         held = memory.peak(setup).total + saved
     else:
         offloaded = saved if setup.sharding.offload else 0
-        held = max(FP32_BYTES * size, saved) + offloaded  # each rank builds the whole model here, in fp32
+        # a resume reads one parameter at a time, with both moments
+        held = max((FP32_BYTES + MOMENTS_BYTES) * max(sizes), saved) + offloaded
     return local_ranks * (PROCESS_BYTES[kind] + held)
 
 
