@@ -136,12 +136,9 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     from pretrain.fp8 import convert
     from pretrain.kernels import Masking, choose_attention
 
-    if config.train.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
-        torch.use_deterministic_algorithms(True)
     shape = config.model
     dtype = PRECISION_DTYPES[config.train.precision]
-    masking = Masking(shape.dropout, config.train.compile) if config.data.document_mask else None
+    masking = Masking(shape.dropout, config.train.compiles) if config.data.document_mask else None
     try:
         attention, reason = choose_attention(shape.attention, device, dtype, shape.head_dim, masking)
     except ValueError as error:
@@ -152,10 +149,9 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     logger.info(
         "model %s %s: %s parameters; attention by %s", shape.family, shape.size, f"{model.n_parameters():,}", reason
     )
-    is_fp8 = config.train.precision == "fp8"
-    if is_fp8:
+    if config.train.precision == "fp8":
         logger.info("%d linear layers multiply in fp8; the head, the first and the last block in bf16", convert(model))
-    if config.train.compile or is_fp8:
+    if config.train.compiles:
         compile_model(model, device, me)
     return model
 
@@ -287,7 +283,6 @@ def save(run: Run, may_skip: bool = False) -> None:
     from pretrain.manifest import TOKENIZER_NAME
     from pretrain.progress import checkpoint_documents
 
-    run.metrics.event("checkpoint_begun", step=run.progress.step)
     documents = checkpoint_documents(
         run.progress, run.engine.state(), run.history, run.corpus.order, run.about, run.watch, run.ledger()
     )
@@ -313,10 +308,11 @@ def close(run: Run) -> int:
     run.keeper.close()
     run.record_events()
     run.keeper.check()
+    run.telemetry.close()  # the page that is drawn at the end reads what it wrote
     if run.ranks.is_first:
         summary = run.summary()
         run.metrics.summary(summary)
-        run.metrics.ended(run.stopped)
+        run.metrics.ended(run.stopped, run.spent)
         run.metrics.close()
         print_summary(summary, log.console(), run.next_commands())
     leave(run.ranks)

@@ -65,8 +65,8 @@ class DataConfig:
     shuffle_shards: int = 1
     """Windows are shuffled inside groups of so many shards."""
     tokenizer: str = ""
-    """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. `source` and `val_source` are then raw text,
-    and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
+    """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. Sources are then raw text, `val_source`
+    too, and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
     tokenizer_num_workers: int = 4
     """Processes of a node that prepare raw text."""
     text_key: str = "text"
@@ -166,6 +166,12 @@ class TrainConfig:
     supervisor to start again; longer than the slowest step with its validation and its save. 0: it waits for ever."""
     timeout_minutes: int = 30
     """How long a rank waits for the others before it gives up."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the model is compiled: fp8 is nothing without."""
+        return self.compile or self.precision == "fp8"
+
     budget_hours: float = 0.0
     """Hours that the run may take over all its starts; then it saves and ends (exit 0). 0: no limit."""
     budget_usd: float = 0.0

@@ -99,8 +99,8 @@ def _mask_problems(data: DataConfig, model: ModelConfig, train: TrainConfig) -> 
             f"model.attention flex knows no dropout: set model.dropout {model.dropout} to 0, or take auto or sdpa",
         ),
         (
-            model.attention == "flash" and data.document_mask and train.compile,
-            "model.attention flash keeps documents apart in eager mode only: leave out train.compile, or take auto",
+            model.attention == "flash" and data.document_mask and train.compiles,
+            "model.attention flash keeps documents apart in eager mode only: no train.compile, no fp8; or take auto",
         ),
     ]
     return [problem for broken, problem in rules if broken]
@@ -169,8 +169,11 @@ def _fp8_problems(config: Config) -> list[str]:
     if config.model.n_layer < 3:
         what = f"train.precision is fp8, but the first and the last of model.n_layer {config.model.n_layer} blocks stay"
         problems.append(f"{what} in bf16, and none is left: choose --precision bf16")
-    if config.batch.settled.micro_size * config.model.seq_len % 16:
-        what = f"batch.micro_size {config.batch.settled.micro_size} × model.seq_len {config.model.seq_len} tokens"
+    if config.batch.is_auto and config.model.seq_len % 16:
+        what = f"multiples of 16 tokens, and batch.micro_size auto a model.seq_len of such, not {config.model.seq_len}"
+        problems.append(f"train.precision is fp8, which needs {what}")
+    elif config.batch.micro_size * config.model.seq_len % 16:
+        what = f"batch.micro_size {config.batch.micro_size} × model.seq_len {config.model.seq_len} tokens"
         problems.append(f"train.precision is fp8, which needs a multiple of 16 tokens, not {what}")
     return problems
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +13,14 @@ from pretrain import log
 from pretrain.alike import check_same_data
 from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
+from pretrain.errors import ConfigError
 from pretrain.manifest import TOKENIZER_NAME, DataManifest, document_end
-from pretrain.mixture import alone, check_alike, lay_out
+from pretrain.mixture import alone, check_same_tokenizer, lay_out
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
 from pretrain.raw_source import prepare_source, prepared
+from pretrain.shard_feed import ShardFeed
 from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
 
@@ -75,12 +77,13 @@ def fetch_corpus(
             _prepare(dataclasses.replace(data, source=source, sources=()), ranks, model)
     found = {name: _open(one, storage, ranks, model) for name, one in alone(data)}
     shards = {name: each for name, (_, each) in found.items()}
+    _check_room(data, [each.feed for each in shards.values() if each.feed])
     for store, each in found.values():
         manifest = each.manifest.to_json() if each.manifest else ""
         check_same_data(ranks, store.url, each.fingerprint, len(each.shards), manifest)
     manifests = {store.url: each.manifest for store, each in found.values()}
     tokenizers = {store.url: _tokenizer_beside(store) for store, _ in found.values()}
-    check_alike(manifests, tokenizers)
+    check_same_tokenizer(manifests, tokenizers)
     validation = None
     if data.val_source:
         validation, manifests[data.val_source] = _validation(data, storage, ranks, model, eval_sequences)
@@ -93,6 +96,18 @@ def fetch_corpus(
         tokenizer=next((text for text in tokenizers.values() if text is not None), None),
         document_end=document_end(data.eot_token_id, manifests) if data.document_mask else None,
     )
+
+
+def _check_room(data: DataConfig, feeds: Sequence[ShardFeed]) -> None:
+    """Refuse a bound that can't hold what all sources of a mixture hold at the same time. Raises ConfigError."""
+    n_shards = data.shuffle_shards + 1 + data.prefetch_shards
+    needed = sum(feed.room_bytes(n_shards) for feed in feeds)
+    if len(feeds) > 1 and 0 < data.cache_gb * 1e9 < needed:
+        raise ConfigError(
+            f"data.cache_gb {data.cache_gb:g} can't hold the {n_shards} shards that each of {len(feeds)} sources holds "
+            f"at the same time, {needed / 1e9:.3g} GB",
+            f"Set --data.cache_gb to {needed / 1e9 * 1.05:.2g} or more, or lower --data.prefetch_shards",
+        )
 
 
 def _tokenizer_beside(store: ObjectStore) -> str | None:

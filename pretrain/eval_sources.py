@@ -17,7 +17,7 @@ from pretrain.evaluation import Source, Text, TokenStream, bytes_per_token
 from pretrain.generation import end_of_text, plainly
 from pretrain.manifest import MANIFEST_NAME, TOKENIZER_NAME
 from pretrain.raw_files import READ_HERE, Unit, list_inputs
-from pretrain.shards import fetch_shards, read_manifest
+from pretrain.shards import open_shards, read_manifest
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import BATCH_DOCUMENTS, load_tokenizer
 
@@ -68,7 +68,7 @@ def shard_source(
             f"{data.source}: its {TOKENIZER_NAME} has other tokens than the model's",
             OTHER_TOKENIZER,
         )
-    shards = fetch_shards(store, data, vocab_size=vocab_size, may_be_larger=may_be_larger)
+    shards = open_shards(store, data, vocab_size=vocab_size, may_be_larger=may_be_larger, at_once=True)
     known = beside or tokenizer
     lengths = bytes_per_token(known, vocab_size) if known else None
     note = "" if lengths is not None else NO_BYTE_LENGTHS if known else NO_TOKENIZER

@@ -258,7 +258,7 @@ class Keeper:
         last = self._saved[-1] if self._saved else self._leftover
         if last and str(last) not in self.committed:
             error = StorageError(
-                f"the run is complete, but {last} did not reach {self._config.url}; it is in {self._folder}",
+                f"the run has ended, but {last} did not reach {self._config.url}; it is in {self._folder}",
                 "Start again with --resume auto once the bucket is within reach: that uploads it.",
             )
             error.shared = True

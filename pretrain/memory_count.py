@@ -25,7 +25,7 @@ from pretrain import document_mask
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.engine.native import NativeEngine
-from pretrain.kernels import choose_attention
+from pretrain.kernels import Masking, choose_attention
 from pretrain.memory import Setup
 
 CPU = torch.device("cpu")
@@ -67,8 +67,12 @@ def measure_peak(setup: Setup, device: torch.device) -> int:
         torch.OutOfMemoryError: it does not fit there.
     """
     batch, model = setup.batch, setup.model
-    kernel, _ = choose_attention(model.attention, device, PRECISION_DTYPES[setup.precision], model.head_dim)
-    engine = NativeEngine(GPT(model, kernel), OptimConfig(), EngineConfig(name="native"), setup.precision, device, 1)
+    masking = Masking(model.dropout) if setup.document_mask else None
+    kernel, _ = choose_attention(model.attention, device, PRECISION_DTYPES[setup.precision], model.head_dim, masking)
+    documents = document_mask.DocumentMask(kernel, 1) if masking else None
+    engine = NativeEngine(
+        GPT(model, kernel, documents), OptimConfig(), EngineConfig(name="native"), setup.precision, device, 1
+    )
     tokens = torch.zeros(batch.micro_size, model.seq_len + 1, dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(device)  # what building took is no step
     for _ in range(2):

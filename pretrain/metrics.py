@@ -109,6 +109,7 @@ class Metrics:
     def event(self, kind: str, **fields: Any) -> None:
         """Append something that happened between steps (a checkpoint committed, an upload failed) to events.jsonl."""
         time_s = self._clock()
+        fields = {key: log.mask(value) if isinstance(value, str) else value for key, value in fields.items()}
         line = _json({"kind": kind, "time": time_s, **fields})
         with self._lock, _disk(self.folder):
             with (self.folder / EVENTS_FILE).open("a", encoding="utf-8") as file:
@@ -128,9 +129,9 @@ class Metrics:
                 sink.summary(fields)
         return path
 
-    def ended(self, stopped: bool) -> None:
-        """Append that the run has ended well: it is complete, or was stopped by a signal after saving."""
-        code, reason = (EXIT_STOPPED, "stopped by a signal after saving") if stopped else (EXIT_DONE, "done")
+    def ended(self, stopped: bool, spent: str = "") -> None:
+        """Append that the run has ended well: complete, with its budget spent, or stopped by a signal; all is saved."""
+        code, reason = (EXIT_STOPPED, "stopped by a signal after saving") if stopped else (EXIT_DONE, spent or "done")
         self.event("ended", step=self._step, exit_code=code, reason=reason)
 
     def close(self) -> None:
@@ -139,9 +140,10 @@ class Metrics:
             if self._file.closed:
                 return
             sinks, self._sinks = self._sinks, []
-            for sink in sinks:
-                sink.close()
             self._file.close()
+            with contextlib.ExitStack() as closing:  # each is closed whatever another raises; the first one first
+                for sink in reversed(sinks):
+                    closing.callback(sink.close)
             if not self._has_ended:
                 self.event("ended")
 

@@ -19,9 +19,10 @@ import torch
 
 from model import GPT
 from pretrain import host_memory, log, memory
+from pretrain.document_mask import DocumentMask
 from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.errors import ConfigError
-from pretrain.kernels import choose_attention
+from pretrain.kernels import Masking, choose_attention
 from pretrain.memory import COMPUTE_BYTES, Setup
 from pretrain.ranks import Ranks
 
@@ -114,12 +115,13 @@ def fits(setup: Setup, device: torch.device) -> bool:
 
 def _go_forward_and_backward(setup: Setup, device: torch.device) -> None:
     model, dtype = setup.model, PRECISION_DTYPES[setup.precision]
+    masking = Masking(model.dropout) if setup.document_mask else None
     try:
-        kernel, _ = choose_attention(model.attention, device, dtype, model.head_dim)
+        kernel, _ = choose_attention(model.attention, device, dtype, model.head_dim, masking)
     except ValueError as error:
         raise ConfigError(str(error), "Choose another --model.attention, or auto.") from error
     with device:
-        gpt = GPT(model, kernel).to(dtype)
+        gpt = GPT(model, kernel, DocumentMask(kernel, 1) if masking else None).to(dtype)
     for parameter in gpt.parameters():  # the ballast has room for what the engine keeps of gradients
         parameter.register_post_accumulate_grad_hook(_drop)
     ballast = torch.empty(ballast_bytes(setup), dtype=torch.uint8, device=device)

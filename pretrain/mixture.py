@@ -221,7 +221,7 @@ def lay_out(data: DataConfig, shards: Mapping[str, ShardSet], *, seq_len: int, g
     return Mixture([(name, each.shards) for name, each in shards.items()], weights, **how, feeds=feeds)
 
 
-def check_alike(manifests: Mapping[str, DataManifest | None], tokenizers: Mapping[str, str | None]) -> None:
+def check_same_tokenizer(manifests: Mapping[str, DataManifest | None], tokenizers: Mapping[str, str | None]) -> None:
     """Refuse sources whose tokens mean different things.
 
     Args:

@@ -168,10 +168,13 @@ def _state(logs: RunLogs, now: float, copied_s: float | None) -> tuple[str, str,
     return RUNNING, f"last record {_ago(age_s)}", age_s
 
 
+UNTOLD = "it does not say how"
+
+
 def _end(ended: Mapping[str, Any]) -> tuple[str, str]:
-    code, reason = ended.get("exit_code"), str(ended.get("reason", "it does not say how"))
+    code, reason = ended.get("exit_code"), str(ended.get("reason", UNTOLD))
     if code == EXIT_DONE:
-        return DONE, "complete"
+        return DONE, "complete" if reason in ("done", UNTOLD) else reason
     if code == EXIT_STOPPED:
         return STOPPED, f"exit code {EXIT_STOPPED}: {reason}; start it again with --resume auto"
     return FAILED, f"exit code {code}: {reason}" if code is not None else reason

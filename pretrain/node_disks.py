@@ -6,6 +6,7 @@ together; what an earlier start left behind gets there from the nodes that still
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from pretrain.errors import ConfigError
 from pretrain.ranks import Ranks
 from pretrain.storage import LocalStore, ObjectStore
 from pretrain.uploads import PROBE_PREFIX
+
+PART = re.compile(rf"(?:model|optimizer)-(\d+)-of-\d+{re.escape(TENSORS_SUFFIX)}")
 
 Identity = tuple[str, str, int]  # name, attempt and sequence: what tells one commit from another
 
@@ -49,9 +52,18 @@ class Leftover:
         return bool(self.missing or self.damaged)
 
     def lacks_a_node(self, ranks: Ranks) -> bool:
-        """Whether it is torn because a node that wrote a part of it is not here, or has lost its disk."""
-        writers = sum(file.startswith("model-") and file.endswith(TENSORS_SUFFIX) for file in self.manifest.files)
-        return bool(self.missing) and not self.damaged and writers > ranks.local_world_size
+        """Whether it is torn because a node that wrote a part of it is not here, or has lost its disk: then all files
+        of each of its ranks are missing, and not one of them."""
+        lost = {_writer(file) for file in self.missing}
+        whole = all(file in self.missing for file in self.manifest.files if _writer(file) in lost)
+        n_writers = len({_writer(file) for file in self.manifest.files})
+        return bool(lost) and whole and not self.damaged and n_writers > ranks.local_world_size
+
+
+def _writer(file: str) -> int:
+    """Number of the rank, from 1, that wrote a file of a checkpoint; the first one writes the documents."""
+    part = PART.fullmatch(file)
+    return int(part[1]) if part else 1
 
 
 def take_inventories(ranks: Ranks, folder: Path) -> Inventory:
@@ -126,18 +138,19 @@ def check_every_node_writes(ranks: Ranks, store: ObjectStore, run_name: str, att
         StorageError: naming the right that one of them lacks; on every rank.
         ConfigError: it is a folder that is not the same one on every node; on every rank.
     """
-    speaks = ranks.local_rank == 0
+    speaks, created = ranks.local_rank == 0, False
     first, own = (f"{run_name}/{PROBE_PREFIX}{attempt}-{rank}" for rank in (0, ranks.rank))
-    with ranks.together():
-        if speaks:
-            store.create(own, b"is this bucket writable?\n")
     try:
+        with ranks.together():
+            if speaks:
+                store.create(own, b"is this bucket writable?\n")
+                created = True
         with ranks.together():
             if speaks and isinstance(store, LocalStore) and store.stat(first) is None:  # a bucket is one for all
                 raise _not_shared(f"the checkpoints' folder {store.url}", "gs://bucket/prefix")
     finally:
         with ranks.together():
-            if speaks:
+            if created:
                 store.delete(own)
 
 

@@ -3,6 +3,7 @@ measures and records it."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from pretrain.topology import tell_topology
 
 def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     """This rank's device, checked against the precision, and its place among the ranks; from here on there is a log."""
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with fixed buffers
+        torch.use_deterministic_algorithms(True)
     device = hardware.resolve_device(ranks.local_ranks()[0])
     hardware.check_precision(device, config.train.precision)
     me = ranks.join(device, config.train.timeout_minutes)
@@ -81,7 +85,7 @@ def open_instruments(
     start = {  # what the books must know of this process
         "process_began": psutil.Process().create_time(),
         "world_size": ranks.world_size,
-        "measures_energy": telemetry.energy_j is not None,
+        "measures_energy": not ranks.any(ranks.local_rank == 0 and telemetry.energy_j is None),
     }
     metrics = open_metrics(
         config.log,

@@ -219,7 +219,8 @@ def _other_engines(setup: Setup, available: int) -> list[str]:
         changes.append((f"{ZERO_2} --engine.offload_optimizer true", offloading))
     for words, engine in changes:
         for kind in RECOMPUTING[RECOMPUTING.index(setup.model.activation_checkpointing) :]:
-            changed = make_setup(setup.model, setup.batch, engine, OptimConfig(), setup.precision, setup.world_size)
+            how = (OptimConfig(), setup.precision, setup.world_size, setup.document_mask)
+            changed = make_setup(setup.model, setup.batch, engine, *how)
             if size := memory.largest_micro_size(changed.with_checkpointing(kind), available):
                 more = (
                     f" --model.activation_checkpointing {kind}" if kind != setup.model.activation_checkpointing else ""

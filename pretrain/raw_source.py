@@ -27,8 +27,9 @@ from pretrain.raw_files import list_inputs
 from pretrain.recipes import METADATA_NAME, finished
 from pretrain.shard_writer import SPLITS
 from pretrain.storage import LocalStore
+from pretrain.work_folder import InUse
 
-LINE_EVERY_S = 30.0
+LINE_EVERY_S, POLL_S = 30.0, 1.0
 
 
 def prepared(data: DataConfig) -> DataConfig:
@@ -61,9 +62,20 @@ def prepare_source(data: DataConfig, *, vocab_size: int, may_be_larger: bool, sa
         num_workers=data.tokenizer_num_workers,
     )
     _check_vocabulary(options, vocab_size, may_be_larger)
-    if _is_current(data, folder):
-        say(f"data: {data.source} was prepared before, in {folder}")
-        return
+    waits = False
+    while not _is_current(data, folder):
+        try:
+            _prepare(data, options, folder, say)
+            return
+        except InUse as error:  # a node with the same disk, or another run of this machine
+            if not waits:
+                say(f"data: {error.what}: waiting until it is done")
+            waits = True
+            time.sleep(POLL_S)
+    say(f"data: {data.source} was prepared before, in {folder}")
+
+
+def _prepare(data: DataConfig, options: Preparation, folder: Path, say: Callable[[str], None]) -> None:
     say(f"data: preparing {data.source} with {data.tokenizer} in {folder}, before the first step")
     try:
         result = prepare(options, lambda text: say(f"data: {text}"), _Lines(say))["result"]

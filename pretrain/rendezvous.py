@@ -81,8 +81,12 @@ class NodesRendezvous(RendezvousHandler):
                         raise
                     self._inner = None
                     time.sleep(AGAIN_S)
-            in_order = self._in_order(info)
-        self.met = True
+            self.met = True  # a node that is lost from here on is a crash, not a wrong setting
+            try:
+                in_order = self._in_order(info)
+            except RendezvousError:
+                self.met = False
+                raise
         return in_order
 
     def _join(self) -> RendezvousInfo:

@@ -225,7 +225,7 @@ def _how_it_ended(start: Tree, ended: Tree | None, until_s: float, run: RunLogs)
         return how, str(ended.get("reason", ""))
     if until_s == math.inf or "format" not in start:  # it runs, was killed just now, or is of an older version
         return "open", "no end is recorded"
-    reasons = [each for each in run.restarts if time_of(each) < until_s]
+    reasons = [each for each in run.restarts if time_of(start) <= time_of(each) < until_s]
     reason = f": exit code {reasons[-1].get('exit_code')}, {reasons[-1].get('reason')}" if reasons else ""
     return "killed", f"ended without a word{reason}"
 

@@ -227,7 +227,7 @@ class Run:
     def check_budget(self) -> None:
         """Set `spent` where the run has taken what it may take. Every rank must call it."""
         train = self.config.train
-        if not train.budget_hours and not train.budget_usd:
+        if not (train.budget_hours or train.budget_usd) or self.progress.step >= self.total_steps:
             return
         spent = spent_budget(self.metrics.ledger, train, time.time()) if self.ranks.is_first else ""
         if self.ranks.any(bool(spent)):
@@ -302,6 +302,7 @@ class Run:
         page = [("see the whole run, in a browser", str(self.metrics.folder / REPORT_FILE))]
         again = f"the same command with --run {self.config.run.name} --resume auto"
         ended_early = self.stopped or self.spent
+        again += ", and a larger budget" if self.spent else ""
         return [
             *(page if self.config.log.report else []),
             ("see the curves", f"tensorboard --logdir {self.config.log.dir}"),

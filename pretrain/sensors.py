@@ -151,9 +151,9 @@ class CpuSensors:
 
     def read(self) -> list[Reading]:
         """One reading, of all packages together."""
-        sensors = psutil.sensors_temperatures() if psutil.LINUX else {}
+        sensors = (_told(psutil.sensors_temperatures) if psutil.LINUX else None) or {}
         temperatures = [*sensors.get("coretemp", []), *sensors.get("k10temp", [])]  # Intel's, AMD's
-        frequency = psutil.cpu_freq()
+        frequency = _told(psutil.cpu_freq)
         reading = Reading(
             "cpu",
             utilization=psutil.cpu_percent(None),
@@ -175,6 +175,14 @@ class CpuSensors:
             self._energy_j += (now - last + (range_uj if now < last else 0)) / 1e6  # the counter goes round
         self._last_uj = now_uj
         return self._energy_j
+
+
+def _told(ask: Callable[[], Any]) -> Any:
+    """What psutil tells of this machine; None where the machine doesn't tell it."""
+    try:
+        return ask()
+    except (OSError, NotImplementedError, RuntimeError, AttributeError):
+        return None
 
 
 def _package_counters(powercap: Path) -> list[tuple[Path, int]]:

@@ -32,12 +32,14 @@ class Copying:
         self._left: list[tuple[Tensor, Tensor]] = []  # (buffer, source) of host tensors that stay as they are
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._events: list[tuple[torch.device, torch.cuda.Event]] = []
+        self._is_on_host = False
         self._is_done = threading.Event()
 
     def later(self, buffer: Tensor, source: Tensor) -> None:
         """Copy `source`, which does not change before `wait` has returned."""
         if not source.is_cuda:
             self._left.append((buffer, source))
+            self._is_on_host = True
             return
         device = source.device
         if device not in self._streams:
@@ -53,8 +55,8 @@ class Copying:
 
     def finish(self) -> None:
         """Make the copies; they are whole when this returns."""
-        failpoint("snapshot.before_copy")
         try:
+            failpoint("snapshot.before_copy")
             for buffer, source in self._left:
                 np.copyto(buffer.numpy(), source.numpy())  # one thread, without the GIL: the others belong to the step
             for _, event in self._events:
@@ -64,11 +66,10 @@ class Copying:
             self._is_done.set()
 
     def wait(self) -> None:
-        """Until what was named may change. A GPU's stream waits, not this thread."""
-        if self._events:
-            for device, event in self._events:
-                torch.cuda.current_stream(device).wait_event(event)
-        else:
+        """Until what was named may change. For a GPU's its stream waits, not this thread."""
+        for device, event in self._events:
+            torch.cuda.current_stream(device).wait_event(event)
+        if self._is_on_host:
             self._is_done.wait()
 
 

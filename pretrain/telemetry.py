@@ -154,7 +154,8 @@ def open_telemetry(
     steps = profile_steps(config.profile) if rank == 0 else range(0)
     sampler = None
     if local_rank == 0:
-        gpus = GpuSensors([torch.device("cuda", number) for number in range(local_world_size)] if is_gpu else [])
+        n_gpus = min(local_world_size, torch.cuda.device_count())  # a launcher may not say how many ranks are here
+        gpus = GpuSensors([torch.device("cuda", number) for number in range(n_gpus)] if is_gpu else [])
         if gpus.problem:
             _log.warning("no utilization, power and clocks of the GPUs: %s", gpus.problem)
         # node 0's has the plain name; the others' may lie on the same disk

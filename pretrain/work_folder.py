@@ -37,6 +37,10 @@ def work_folder(given: str, store: ObjectStore) -> Path:
     )
 
 
+class InUse(StorageError):
+    """Another process does this work."""
+
+
 @contextmanager
 def sole_use(work: Path) -> Iterator[None]:
     """Keep a second process off the same work; the lock ends with this one, whatever ends it."""
@@ -45,7 +49,7 @@ def sole_use(work: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError as error:
-        raise StorageError(f"another process prepares in {work}", "Let it end, or choose another --work_dir") from error
+        raise InUse(f"another process prepares in {work}", "Let it end, or choose another --work_dir") from error
     finally:
         os.close(descriptor)
 

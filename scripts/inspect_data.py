@@ -262,8 +262,8 @@ def gather(config: Config, store: ObjectStore) -> DataStats:
         ShardError: there is none.
         StorageError: the store can't be read.
     """
-    listed = store.list()
-    objects = select_shards(listed, config.data.pattern, config.data.max_files, store.url)
+    listed, [(_, data)] = store.list(), alone(config.data)
+    objects = select_shards(listed, data.pattern, data.max_files, store.url)
     manifest: DataManifest | None = read_manifest(store, listed)
     entries = {entry.name: entry for entry in manifest.shards} if manifest else {}
     vocab_size = (manifest.vocab_size if manifest else 0) or config.model.vocab_size
@@ -273,7 +273,7 @@ def gather(config: Config, store: ObjectStore) -> DataStats:
         with local_copy(store, info.name) as path:
             how = {"pad_token_id": config.data.pad_token_id, "vocab_size": vocab_size}
             stats.add(info.name, path, **how, expected=entries.get(info.name))
-    for name in missing_shards(manifest, objects, config.data.pattern, config.data.max_files):
+    for name in missing_shards(manifest, objects, data.pattern, data.max_files):
         stats.shards.append(ShardStats(name, 0, problem=f"shard {name}: not there, though manifest.json names it"))
     return stats
 

@@ -152,7 +152,7 @@ def settings(options: argparse.Namespace, more: Sequence[str], folder: Path) -> 
         log=replace(given.log, dir=str(folder / "logs"), interval=1, tensorboard=False, wandb=False, sample_prompt=""),
     )
     if not has_data:  # validation shards are of another vocabulary than those made here
-        made = replace(config.data, val_source="", pad_token_id=-1, max_files=0, pattern="*.npz")
+        made = replace(config.data, val_source="", pad_token_id=-1, max_files=0, pattern="*.npz", tokenizer="")
         made = replace(made, eot_token_id=0 if made.document_mask else -1)
         config = replace(config, data=made)
     return given, config if options.full_size else made_small(config, steps, options.ranks, has_data)
@@ -276,8 +276,9 @@ def tell(
 
 def batches_of(config: Config) -> Batches:
     """The data order of both runs, from the cache that they filled."""
+    size, may_be_larger = config.model.vocab_size, bool(config.model.init_from)
     shards = {
-        name: open_shards(open_store(one.source, config.storage), one, vocab_size=config.model.vocab_size)
+        name: open_shards(open_store(one.source, config.storage), one, vocab_size=size, may_be_larger=may_be_larger)
         for name, one in alone(config.data)
     }
     how = {"seq_len": config.model.seq_len, "global_size": config.batch.global_size, "seed": config.run.seed}

@@ -350,7 +350,7 @@ def test_an_outage_leaves_the_checkpoints_here_and_the_next_start_uploads_them(f
     options = ("--checkpoints", url, "--checkpoint.every_steps", "3", "--resume", "auto")
     fault_proxy.inject("503", UPLOAD, times=-1, skip=1)  # the probe at the start passes
     cut_off = train(folder, *options, *GIVES_UP)
-    assert_refused(cut_off, 4, "the run is complete, but checkpoint-epoch0-step12-", "did not reach", "--resume auto")
+    assert_refused(cut_off, 4, "the run has ended, but checkpoint-epoch0-step12-", "did not reach", "--resume auto")
     told = summary(folder)
     assert (told["steps"], told["checkpoints_committed"], told["uploads_failed"]) == (12, 0, 4)
     assert cut_off.output.count("stays local, its upload is tried again, by the next start at the latest: ") == 4

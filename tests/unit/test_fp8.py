@@ -49,6 +49,11 @@ def test_a_layer_whose_sides_are_no_multiples_of_16_stays():
         ({"model": shape(n_layer=2)}, "the last of model.n_layer 2 blocks stay in bf16, and none is left"),
         ({"model": shape(seq_len=15)}, "a multiple of 16 tokens, not batch.micro_size 8 × model.seq_len 15"),
         ({"model": shape(seq_len=15), "batch": BatchConfig(16, 16)}, ""),
+        ({"batch": BatchConfig(16, 0)}, ""),
+        (
+            {"model": shape(seq_len=24), "batch": BatchConfig(16, 0)},
+            "batch.micro_size auto a model.seq_len of such, not 24",
+        ),
     ],
 )
 def test_settings_that_fp8_can_not_be_are_told(changes, said):

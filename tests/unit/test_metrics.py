@@ -204,3 +204,38 @@ def test_rank_0_writes_under_the_run_name(tmp_path, capsys):
 def test_reading_a_missing_file_is_a_storage_error(tmp_path):
     with pytest.raises(StorageError, match="No such file"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_a_sink_that_fails_at_the_end_keeps_no_other_from_ending(tmp_path):
+    class Failing(Sink):
+        def __init__(self, fails):
+            self.fails, self.closed = fails, False
+
+        def close(self):
+            self.closed = True
+            if self.fails:
+                raise StorageError("the disk is full", "Free some.")
+
+    sinks = [Failing(True), Failing(False)]
+    metrics = Metrics(tmp_path, sinks)
+    with pytest.raises(StorageError, match="full"):
+        metrics.close()
+    assert [sink.closed for sink in sinks] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "spent", "told"),
+    [(False, "", [0, "done"]), (True, "", [75, "stopped by a signal after saving"]), (False, "3 USD", [0, "3 USD"])],
+)
+def test_how_a_run_has_ended_well_is_told_once(tmp_path, stopped, spent, told):
+    metrics = Metrics(tmp_path, [])
+    metrics.ended(stopped, spent)
+    metrics.close()
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [[event["exit_code"], event["reason"]] for event in events if event["kind"] == "ended"] == [told]
+
+
+def test_an_event_tells_no_secret(tmp_path):
+    with Metrics(tmp_path, []) as metrics:
+        metrics.event("upload_failed", problem="401: Authorization: Bearer very-secret-token-of-somebody")
+    assert "very-secret" not in (tmp_path / "events.jsonl").read_text()

@@ -17,7 +17,16 @@ from pretrain.config import DataConfig, SourceConfig
 from pretrain.errors import CheckpointError, ConfigError, ShardError
 from pretrain.lookup import Saved, planned, recorded, windows_at, windows_before
 from pretrain.manifest import DataManifest
-from pretrain.mixture import Mixture, MixturePosition, Schedule, alone, check_alike, lay_out, position_from, shares
+from pretrain.mixture import (
+    Mixture,
+    MixturePosition,
+    Schedule,
+    alone,
+    check_same_tokenizer,
+    lay_out,
+    position_from,
+    shares,
+)
 from pretrain.progress import DataOrder
 from pretrain.shards import ShardSet
 
@@ -319,13 +328,13 @@ def test_sources_of_different_tokenizers_are_refused_and_both_named():
         return DataManifest(tokenizer, vocab_size, eot_id, ())
 
     none = {"a": None, "b": None}
-    check_alike({"a": manifest(), "b": None, "c": manifest("", 0, None)}, {"a": "{}", "b": None, "c": "{}"})
+    check_same_tokenizer({"a": manifest(), "b": None, "c": manifest("", 0, None)}, {"a": "{}", "b": None, "c": "{}"})
     for differing, said in (
         (manifest("tiktoken:gpt2"), "a: manifest.json says tokenizer bpe, b: tiktoken:gpt2"),
         (manifest(vocab_size=400), "a: manifest.json says vocab_size 300, b: 400"),
         (manifest(eot_id=1), "a: manifest.json says eot_id 0, b: 1"),
     ):
         with pytest.raises(ShardError, match=said):
-            check_alike({"a": manifest(), "b": differing}, none)
+            check_same_tokenizer({"a": manifest(), "b": differing}, none)
     with pytest.raises(ShardError, match=r"a and b have different tokenizer.json files"):
-        check_alike(none, {"a": "{}", "b": "{ }"})
+        check_same_tokenizer(none, {"a": "{}", "b": "{ }"})

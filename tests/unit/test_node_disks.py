@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+
+from pretrain.checkpoint_manifest import CheckpointName, FileEntry, Manifest
+from pretrain.node_disks import Leftover
+from pretrain.ranks import Ranks
+from pretrain.snapshot import part_name
 from tests.helpers_training import run_two_ranks
 
 COMMON = """
@@ -24,6 +30,7 @@ COMMON = """
     commit = uploads.BucketRun.commit
 
     class Engine:
+        states_stay = False
         def __init__(self, step):
             self.step = step
         def parameter_states(self):
@@ -186,3 +193,28 @@ def test_what_fails_on_one_node_is_told_on_both(tmp_path):
     )
     told = ["storage error", "node 1 may not", "Let it.", True]
     assert results == [{"download": told, "create": told}] * 2
+
+
+@pytest.mark.parametrize(
+    ("n_writers", "missing", "damaged", "local_ranks", "lacks"),
+    [
+        (2, ["model-2", "optimizer-2"], [], 1, True),  # the other node is not here
+        (2, ["model-1", "optimizer-1", "metadata.json"], [], 1, True),  # the first one wrote the documents
+        (8, ["model-3"], [], 4, False),  # one file of one rank: damage, also where the ranks were more
+        (8, ["metadata.json"], [], 4, False),
+        (2, ["model-2", "optimizer-2"], ["model-1"], 1, False),
+        (2, ["model-2", "optimizer-2"], [], 2, False),  # this node alone wrote all of it
+        (2, [], [], 1, False),
+    ],
+)
+def test_a_node_is_lacking_where_all_that_its_ranks_wrote_is(n_writers, missing, damaged, local_ranks, lacks):
+    def whole(name):
+        kind, _, rank = name.partition("-")
+        return part_name(kind, int(rank) - 1, n_writers) if rank else name
+
+    parts = [part_name(kind, rank, n_writers) for kind in ("model", "optimizer") for rank in range(n_writers)]
+    files = dict.fromkeys([*parts, "metadata.json"], FileEntry(1, "AAAAAA=="))
+    manifest = Manifest(CheckpointName(0, 5, 5), "attempt", 1, files)
+    lost = tuple(whole(name) for name in missing)
+    leftover = Leftover(manifest, (), lost, tuple(damaged), is_on_first=False)
+    assert leftover.lacks_a_node(Ranks(0, local_ranks, 0, local_ranks, control=None)) == lacks

@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec  # type: ignore[import-untyped]
 import pytest
 
+from pretrain import raw_source
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.documents import Document, Reading, read_unit
 from pretrain.errors import ConfigError, ShardError
@@ -21,7 +22,7 @@ from pretrain.raw_source import prepare_source, prepared
 from pretrain.shards import open_shards
 from pretrain.storage import open_store
 from pretrain.tokenizers import train_bpe
-from pretrain.work_folder import with_checksums
+from pretrain.work_folder import InUse, with_checksums
 
 VOCAB_SIZE = 300
 
@@ -87,6 +88,23 @@ def test_the_text_is_prepared_once_and_read_back_whole(data, texts, tmp_path):
     assert [text for text in decoded.split("<|endoftext|>") if text] == texts
     found.feed.close()
     assert [line for line in prepare(data) if "was prepared before" in line]
+
+
+def test_who_finds_another_at_the_same_text_waits_until_it_is_done(data, monkeypatch):
+    real, others = raw_source.prepare, iter([True, True])
+
+    def busy(*arguments):
+        if next(others, False):
+            raise InUse("another process prepares in x", "Let it end")
+        return real(*arguments)
+
+    monkeypatch.setattr(raw_source, "prepare", busy)
+    monkeypatch.setattr(raw_source, "POLL_S", 0.0)
+    said = prepare(data)
+    assert [line for line in said if "waiting" in line] == [
+        "data: another process prepares in x: waiting until it is done"
+    ]
+    assert any("documents, none skipped" in line for line in said)
 
 
 def test_text_that_was_touched_is_looked_at_again_and_text_that_changed_is_refused(data, tmp_path):

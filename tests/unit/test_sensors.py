@@ -176,3 +176,14 @@ def test_a_real_gpu_is_read() -> None:
     gpus = GpuSensors([torch.device("cuda", 0)])
     (reading,) = gpus.read()
     assert gpus.problem == "" and reading.memory_gb and reading.device == "0"
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no cpufreq"), OSError("no sensor"), RuntimeError("odd")])
+def test_a_machine_that_does_not_tell_its_clock_or_temperature_is_no_error(tmp_path, monkeypatch, error):
+    def untold():
+        raise error
+
+    monkeypatch.setattr(psutil, "cpu_freq", untold)
+    monkeypatch.setattr(psutil, "sensors_temperatures", untold)
+    (reading,) = CpuSensors(tmp_path).read()
+    assert reading.sm_clock_mhz is None and reading.temperature_c is None and reading.utilization is not None

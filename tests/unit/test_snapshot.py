@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from pretrain import failpoints
 from pretrain.snapshot import HostBuffers, part_name, take_snapshot
 
 
@@ -63,6 +64,16 @@ def test_a_copy_that_fails_lets_the_update_go_on():
     snapshot = take_snapshot([("w", state_of(1))], 0, 1, states_stay=True)
     snapshot.copying._left.append((torch.zeros(2), torch.zeros(3)))
     with pytest.raises(ValueError, match="broadcast"):
+        snapshot.copying.finish()
+    snapshot.copying.wait()
+
+
+def test_a_disk_that_fails_before_the_copy_lets_the_update_go_on(monkeypatch):
+    monkeypatch.setattr(failpoints, "_armed", {})
+    monkeypatch.setenv(failpoints.VARIABLE, "snapshot.before_copy:1:raise")
+    failpoints.arm(0)
+    snapshot = take_snapshot([("w", state_of(1))], 0, 1, states_stay=True)
+    with pytest.raises(OSError, match="failpoint"):
         snapshot.copying.finish()
     snapshot.copying.wait()
 

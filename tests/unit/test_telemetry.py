@@ -150,6 +150,8 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 
 def test_without_the_driver_a_gpu_run_goes_on_and_says_why_there_are_no_figures(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # a launcher may say more ranks than there are GPUs
+
     class NoDriver:
         problem = "the NVIDIA driver can't be asked about its GPUs: Driver Not Loaded"
 
@@ -180,7 +182,7 @@ def test_without_the_driver_a_gpu_run_goes_on_and_says_why_there_are_no_figures(
     monkeypatch.setattr(torch.cuda, "nvtx", Nvtx)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 7_000_000_000)
     config = LogConfig(dir=str(tmp_path))
-    with open_telemetry(config, "run", torch.device("cuda", 0), 0, 0, 2) as telemetry:
+    with open_telemetry(config, "run", torch.device("cuda", 0), 0, 0, 16) as telemetry:
         telemetry.begin_step(1)
         with telemetry.phase("data_wait"):
             pass
