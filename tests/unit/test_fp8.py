@@ -52,7 +52,7 @@ def test_a_layer_whose_sides_are_no_multiples_of_16_stays():
         ({"batch": BatchConfig(16, 0)}, ""),
         (
             {"model": shape(seq_len=24), "batch": BatchConfig(16, 0)},
-            "batch.micro_size auto a model.seq_len of such, not 24",
+            "auto a model.seq_len of such, not 24",
         ),
     ],
 )
