@@ -21,7 +21,8 @@
 #   MAX_RESTARTS=3            restarts in a row without a new checkpoint before it gives up; 0: none
 #   GRACE_S=0                 seconds from SIGTERM to SIGKILL; 0: as long as the save takes. Spot VMs give 15 to 30
 #
-# scripts/doctor.py looks at everything first: what fails there ends this script with its exit code, a warning does not.
+# scripts/doctor.py looks at everything first: what fails there ends this script with its exit code. A warning does not,
+# nor does storage alone (4): a bucket may come back, and the restarts wait for it.
 # Further arguments pass on to train.py and win. Its exit code is this script's: 75 means "start me again". SIGTERM and
 # Ctrl+C save at the next step and end with 75; a second one ends at once. See python -m pretrain.supervise --help.
 set -euo pipefail
@@ -117,10 +118,13 @@ if $dry_run; then
 fi
 if $doctor; then # once, and not at every restart; each node looks at itself. Its exit code is train.py's
     say "is this machine ready? (--skip-doctor leaves this out)"
-    .venv/bin/python scripts/doctor.py "--ranks=$GPUS" "--nodes=$MAX_NODES" "${train[@]:1}" >&2 || {
-        code=$?
+    code=0
+    .venv/bin/python scripts/doctor.py "--ranks=$GPUS" "--nodes=$MAX_NODES" "${train[@]:1}" >&2 || code=$?
+    if [[ "$code" -eq 4 ]]; then # the lowest code of what failed: nothing but storage did, and that may come back
+        say "storage failed, and nothing else: starting all the same, for it may come back"
+    elif [[ "$code" -ne 0 ]]; then
         say "not started; see above what to mend, or give --skip-doctor"
         exit "$code"
-    }
+    fi
 fi
 exec "${supervise[@]}" "${launch[@]}" "${train[@]}"

@@ -127,10 +127,15 @@ def _manifest(source: _Source, manifest: DataManifest | None, data: DataConfig, 
 
 
 def _cache_room(source: _Source, manifest: DataManifest | None, data: DataConfig, model: ModelConfig) -> Finding:
-    """Whether the shards fit into the cache. Raises StorageError."""
+    """Whether the cache can hold the shards as training reads them, data.shuffle_shards at the same time.
+
+    Raises:
+        ConfigError: data.cache_gb is too small.
+        StorageError: the disk is, or it can't be written.
+    """
     cache = ShardCache(source.store, data, model.vocab_size, manifest)
     with borrowed(cache.folder, "--data.cache_dir"):
-        cache.check_room(source.shards)
+        cache.check_room(source.shards, data.shuffle_shards)
     ready = sum(cache.record(info) is not None for info in source.shards)
     return ok("cache_room", f"enough for the shards; {ready:,} of {len(source.shards):,} are ready")
 

@@ -36,28 +36,26 @@ def count_gpus() -> int:
     """GPUs of this machine that this process may use; 0 where the driver can't be asked."""
     try:
         with _driver() as nvml:
-            count = int(nvml.nvmlDeviceGetCount())
+            return len(_handles(nvml))
     except ConfigError:
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return count if visible is None else min(count, len([each for each in visible.split(",") if each.strip()]))
 
 
 def first_gpu() -> str:
-    """The driver's name of the first GPU; '' where there is none."""
+    """The driver's name of the first GPU that this process may use; '' where there is none."""
     if not count_gpus():
         return ""
     with _driver() as nvml:
-        return str(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0)))
+        return str(nvml.nvmlDeviceGetName(next(iter(_handles(nvml).values()))))
 
 
 def driver() -> Finding:
-    """The driver, the CUDA that it speaks, and the GPUs."""
+    """The driver, the CUDA that it speaks, and the GPUs that this process may use."""
     if not _has_card() and not _driver_answers():
         return skip("driver", NO_GPU)
     with _driver() as nvml:
         version, cuda = nvml.nvmlSystemGetDriverVersion(), int(nvml.nvmlSystemGetCudaDriverVersion_v2())
-        names = [str(nvml.nvmlDeviceGetName(handle)) for handle in _handles(nvml)]
+        names = [str(nvml.nvmlDeviceGetName(handle)) for handle in _handles(nvml).values()]
     kinds = ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
     what = f"{version}, CUDA {cuda // 1000}.{cuda % 1000 // 10}; {kinds or 'no GPU'}"
     if len(set(names)) > 1:
@@ -66,14 +64,16 @@ def driver() -> Finding:
 
 
 def health() -> list[Finding]:
-    """Memory errors, throttling, clocks and other users of every GPU; one line where all are well."""
+    """Memory errors, throttling, clocks and other users of the GPUs that this process may use; one line if all is well.
+
+    A finding has the driver's number of its GPU, as nvidia-smi lists them.
+    """
     if not count_gpus():
         return [skip("gpu_health", NO_GPU if not _has_card() else "the driver shows no GPU to this process")]
     with _driver() as nvml:
-        handles = _handles(nvml)
-        troubles = [
-            finding for index, handle in enumerate(handles) for finding in _troubles(nvml, f"gpu_{index}", handle)
-        ]
+        found = _handles(nvml)
+        handles = list(found.values())
+        troubles = [finding for index, handle in found.items() for finding in _troubles(nvml, f"gpu_{index}", handle)]
         if troubles:
             return troubles
         told = [
@@ -146,9 +146,37 @@ def _answered(nvml: Any, ask: Callable[[], Any]) -> Any:
         return None
 
 
-def _handles(nvml: Any) -> list[Any]:
-    """The GPUs of this machine, in the driver's order."""
-    return [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(int(nvml.nvmlDeviceGetCount()))]
+def _handles(nvml: Any) -> dict[int, Any]:
+    """The GPUs that this process may use, by the driver's number, in the order that CUDA_VISIBLE_DEVICES names them.
+
+    As CUDA reads it: what comes after an entry that names no GPU (-1, say) doesn't count. Numbers are taken for the
+    driver's, which CUDA's are on equal cards and with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """
+    machine = {index: nvml.nvmlDeviceGetHandleByIndex(index) for index in range(int(nvml.nvmlDeviceGetCount()))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return machine
+    chosen: dict[int, Any] = {}
+    for entry in visible.split(","):
+        if (index := _named(nvml, machine, entry.strip())) is None:
+            break
+        chosen[index] = machine[index]
+    return chosen
+
+
+def _named(nvml: Any, machine: dict[int, Any], entry: str) -> int | None:
+    """The number of the GPU that an entry of CUDA_VISIBLE_DEVICES names, also by a part of it (MIG); None: of none."""
+    if entry.isdecimal():
+        return int(entry) if int(entry) in machine else None
+    if entry.startswith("MIG-"):
+        part = _answered(nvml, lambda: nvml.nvmlDeviceGetHandleByUUID(entry))
+        if part is None:
+            return None
+        index = _told(nvml, lambda: nvml.nvmlDeviceGetIndex(nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(part)))
+        return None if index is None else int(index)
+    uuids = {index: str(_answered(nvml, partial(nvml.nvmlDeviceGetUUID, handle))) for index, handle in machine.items()}
+    fitting = [index for index, uuid in uuids.items() if entry.startswith("GPU-") and uuid.startswith(entry)]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from pretrain import log
+from pretrain.catalog import folder_bytes
+from pretrain.checkpoint_manifest import MANIFEST_FILE
 from pretrain.config import CheckpointConfig, LogConfig, StorageConfig
 from pretrain.doctor import Finding, attempt, fail, ok, skip, warn
 from pretrain.errors import StorageError
@@ -62,23 +64,45 @@ def cache_disk(folder: str) -> Finding:
     return _disk("cache_disk", Path(folder), "--data.cache_dir")
 
 
-def checkpoint_disk(checkpoint: CheckpointConfig, checkpoint_bytes: int) -> Finding:
-    """The disk of the checkpoints.
+def checkpoint_disk(checkpoint: CheckpointConfig, run: str, checkpoint_bytes: int, nodes: int) -> Finding:
+    """The disk of the checkpoints; those of the run that lie there already are part of what there is room for.
 
     Args:
+        run: its name.
         checkpoint_bytes: of one.
+        nodes: that write it together, each its part on a disk of its own; without a bucket all on one that they share.
+
+    Raises:
+        StorageError: nothing can be written or read there, or the disk is full.
     """
     found = _disk("checkpoint_disk", Path(checkpoint.dir), "--checkpoint.dir")
-    free, count = free_disk_bytes(Path(checkpoint.dir)), checkpoint.keep + 1
-    seconds = checkpoint_bytes / (found.figures["write_mb_per_s"] * 1e6)
-    what = f"{found.found}; a checkpoint of {size_text(checkpoint_bytes)} takes {seconds:.1f} s"
-    if free < 2 * checkpoint_bytes:  # one that is written, beside the one before
+    part_bytes = checkpoint_bytes // (nodes if checkpoint.url else 1)
+    held, unfinished = _held_bytes(Path(checkpoint.dir) / run)
+    free, count = free_disk_bytes(Path(checkpoint.dir)) + unfinished, checkpoint.keep + 1
+    seconds = part_bytes / (found.figures["write_mb_per_s"] * 1e6)
+    title = "a checkpoint" if part_bytes == checkpoint_bytes else f"this node's part of a checkpoint, 1 of {nodes},"
+    what = f"{found.found}; {title} of {size_text(part_bytes)} takes {seconds:.1f} s"
+    what += f"; {size_text(held)} of this run's are there" if held else ""
+    if free < part_bytes or free + held < 2 * part_bytes:  # one that is written, beside the one before
+        room = "one more" if held else "two"
         mend = "Free some, or set --checkpoint.dir to a larger disk."
-        return fail("checkpoint_disk", StorageError(f"{what}: there is no room for two", mend), **found.figures)
-    if checkpoint.keep and free < count * checkpoint_bytes:
+        return fail("checkpoint_disk", StorageError(f"{what}: there is no room for {room}", mend), **found.figures)
+    if checkpoint.keep and free + held < count * part_bytes:
         mend = "Free some, or set --checkpoint.keep lower or --checkpoint.dir to a larger disk."
         return warn("checkpoint_disk", f"{what}, and {count} may lie there at once", mend, **found.figures)
     return replace(found, found=what)
+
+
+def _held_bytes(folder: Path) -> tuple[int, int]:
+    """Bytes of the checkpoints in a run's folder, and of saves that were not finished: the next of their name replaces
+    them. Raises StorageError."""
+    held = unfinished = 0
+    for path in folder.glob("checkpoint-*"):
+        if (path / MANIFEST_FILE).exists():
+            held += folder_bytes(path)
+        else:
+            unfinished += folder_bytes(path)
+    return held, unfinished
 
 
 def log_folder(config: LogConfig) -> Finding:

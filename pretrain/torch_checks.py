@@ -18,7 +18,7 @@ from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.errors import ConfigError
 from pretrain.gpus import match_gpu
 from pretrain.hardware import check_precision, device_name
-from pretrain.kernels import choose_attention
+from pretrain.kernels import Masking, choose_attention
 from pretrain.listings import size_text
 from pretrain.memory import COMPUTE_BYTES, Setup
 from pretrain.plan import GB, Gpu
@@ -63,41 +63,45 @@ def build(gpus: int) -> Finding:
 
 
 def precision(wanted: str) -> Finding:
-    """Whether the device trains in the precision, and multiplies in it rightly.
+    """Whether the device trains in the precision, and multiplies in it rightly; of fp8 in bf16, which its other
+    products are in.
 
     Args:
-        wanted: fp32, bf16 or fp16.
+        wanted: fp32, bf16, fp16 or fp8.
 
     Raises:
         ConfigError: it can't.
     """
     where = device()
     check_precision(where, wanted)
+    tried = "bf16" if wanted == "fp8" else wanted
     rows = torch.linspace(-1, 1, PRODUCT_ROWS * PRODUCT_ROWS, device=where).view(PRODUCT_ROWS, PRODUCT_ROWS)
     exact = rows.double().cpu() @ rows.double().cpu()
     product = (rows.to(PRECISION_DTYPES[wanted]) @ rows.to(PRECISION_DTYPES[wanted])).double().cpu()
     if not torch.allclose(product, exact, rtol=0.02, atol=0.5):
         mend = "Is it the right build of torch for this device? Run bash setup_env.sh."
-        return fail("precision", ConfigError(f"a matrix product in {wanted} is wrong on {device_name(where)}", mend))
+        return fail("precision", ConfigError(f"a matrix product in {tried} is wrong on {device_name(where)}", mend))
+    said = f"{tried} multiplies rightly" + ("; fp8 products were not tried" if wanted == "fp8" else "")
     if where.type == "cpu":
-        return ok("precision", f"{wanted} multiplies rightly on the CPU, which trains in fp32 and bf16")
+        return ok("precision", f"{said} on the CPU, which trains in fp32 and bf16")
     capability = torch.cuda.get_device_capability(where)
     able = [name for name, least in (("bf16", BF16_CAPABILITY), ("fp8", FP8_CAPABILITY)) if capability >= least]
     words = ", ".join([f"compute capability {capability[0]}.{capability[1]}", "fp16", *able])
     advice = "; bf16 needs no loss scale: --precision bf16" if wanted == "fp16" and "bf16" in able else ""
-    return ok("precision", f"{wanted} multiplies rightly ({words}){advice}")
+    return ok("precision", f"{said} ({words}){advice}")
 
 
-def attention(requested: str, wanted: str, head_dim: int) -> Finding:
+def attention(requested: str, wanted: str, head_dim: int, masking: Masking | None = None) -> Finding:
     """The kernel that the model will get, forward and backward, and on a GPU which fused ones run there.
 
     Args:
         requested: model.attention.
         wanted: precision.
+        masking: where documents are kept apart (data.document_mask).
     """
     where, dtype = device(), PRECISION_DTYPES[wanted]
     try:
-        _, reason = choose_attention(requested, where, dtype, head_dim)
+        _, reason = choose_attention(requested, where, dtype, head_dim, masking)
     except ValueError as error:
         return fail("attention", ConfigError(str(error), "Choose another --model.attention, or auto."))
     if where.type == "cpu":
@@ -134,7 +138,7 @@ def compilation(asked_for: bool) -> Finding:
     """Whether torch.compile works.
 
     Args:
-        asked_for: train.compile.
+        asked_for: whether the model is to be compiled: train.compile, or fp8.
     """
     if not (problem := compiler_problem(device())):
         return ok("compile", "a compiled function and its gradient are what eager torch gives")

@@ -5,7 +5,8 @@
     python scripts/doctor.py --config my.yaml --ranks 8 --json
 
 Every option of train.py works as well, so that it is your model, your shards and your bucket that are looked at: it
-writes a small object below --checkpoints and deletes it again, and reads the first shard. prod_train.sh runs it first.
+writes a small object below --checkpoints and deletes it again, and reads the first shard. prod_train.sh runs it first,
+and starts where nothing failed but storage (4), which may come back.
 
 Each line is ok; warn: training runs, but this should be mended; FAIL: it won't run; or –: there is nothing to look at.
 Exit codes: 0 no fail. Otherwise the lowest code of what failed: 2 machine or settings, 3 data, 4 storage, as train.py
@@ -31,6 +32,7 @@ from pretrain.config import Config
 from pretrain.config_checks import NO_SOURCE
 from pretrain.doctor import Examiner, Finding, Question, exit_code
 from pretrain.errors import EXIT_STOPPED, ConfigError, ShardError, StorageError, TrainerError
+from pretrain.kernels import Masking
 from pretrain.memory import Setup
 
 # status: (what is printed, its style)
@@ -100,9 +102,8 @@ def read_words(words: Sequence[str], world_size: int) -> Invocation:
 def questions_for(invocation: Invocation, gpus: int, ranks: int, nodes: int) -> list[Question]:
     """Everything to look at, each with its own section of the config."""
     config = invocation.config
-    setup = plan.make_setup(
-        config.model, config.batch, config.engine, config.optim, config.train.precision, ranks * nodes
-    )
+    precision, masked, world_size = config.train.precision, config.data.document_mask, ranks * nodes
+    setup = plan.make_setup(config.model, config.batch, config.engine, config.optim, precision, world_size, masked)
     machine = [
         Question("python", machine_checks.python),
         Question("packages", machine_checks.packages, (ROOT / "requirements.txt", config.log.version_check)),
@@ -112,38 +113,42 @@ def questions_for(invocation: Invocation, gpus: int, ranks: int, nodes: int) -> 
         Question("driver", gpu_checks.driver),
         Question("gpu_health", gpu_checks.health),
     ]
-    return [*machine, *torch_questions(invocation, setup, gpus, ranks), *storage_questions(config)]
+    return [*machine, *torch_questions(invocation, setup, gpus, ranks), *storage_questions(config, nodes)]
 
 
 def torch_questions(invocation: Invocation, setup: Setup, gpus: int, ranks: int) -> list[Question]:
     """What torch does on this machine."""
-    train, model, engine = invocation.config.train, invocation.config.model, invocation.config.engine
-    kernel = (model.attention, train.precision, model.head_dim)
+    config = invocation.config
+    train, model = config.train, config.model
+    compiled = train.compile or train.precision == "fp8"
+    masking = Masking(model.dropout, compiled) if config.data.document_mask else None
+    kernel = (model.attention, train.precision, model.head_dim, masking)
     return [
         Question("torch", torch_checks.build, (gpus,), timeout_s=60),
         Question("precision", torch_checks.precision, (train.precision,), timeout_s=60),
         Question("attention", torch_checks.attention, kernel, timeout_s=60),
-        Question("compile", torch_checks.compilation, (train.compile,), timeout_s=120),
-        Question("engine", torch_checks.engine, (engine,), timeout_s=60),
+        Question("compile", torch_checks.compilation, (compiled,), timeout_s=120),
+        Question("engine", torch_checks.engine, (config.engine,), timeout_s=60),
         Question("gpu_memory", torch_checks.gpu_memory, (setup, invocation.force)),
         Question("all_reduce", torch_checks.reduction, (setup, gpus, ranks), timeout_s=90),
     ]
 
 
-def storage_questions(config: Config) -> list[Question]:
+def storage_questions(config: Config, nodes: int) -> list[Question]:
     """What disks, buckets and shards say."""
     data, checkpoint, storage = config.data, config.checkpoint, config.storage
     size = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model)
     urls = [data.source, *(each.source for each in data.sources), checkpoint.url]
-    disk, bucket = storage_checks.checkpoint_disk, (checkpoint.url, config.run.name, storage)
+    disk, bucket = (checkpoint, config.run.name, size, nodes), (checkpoint.url, config.run.name, storage)
+    corpus_s = 120.0 * max(1, len(data.sources))  # one source after the other
     return [
         Question("cache_disk", storage_checks.cache_disk, (data.cache_dir,), StorageError, 60),
-        Question("checkpoint_disk", disk, (checkpoint, size), StorageError, 60),
+        Question("checkpoint_disk", storage_checks.checkpoint_disk, disk, StorageError, 60),
         Question("log_folder", storage_checks.log_folder, (config.log,), StorageError),
         Question("clock", storage_checks.clock, (urls,), StorageError),
         Question("checkpoint_store", storage_checks.checkpoint_store, bucket, StorageError, 90),
         Question("wandb", storage_checks.wandb_login, (config.log,), StorageError, 45),
-        Question("shards", data_checks.corpus, (data, storage, config.model), ShardError, 120),
+        Question("shards", data_checks.corpus, (data, storage, config.model), ShardError, corpus_s),
         Question("validation_shards", data_checks.validation, (data, storage), ShardError, 60),
     ]
 

@@ -128,6 +128,23 @@ def test_prod_train_starts_nothing_where_the_doctor_says_no(machine, bucket):
     assert not [name for name in ("checkpoints", "logs", "cache") if (folder / name).exists()]
 
 
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 75])
+def test_only_where_nothing_but_storage_failed_prod_train_goes_on(machine, code):
+    script = machine.folder / "prod_train.sh"
+    script.write_text((ROOT / script.name).read_text())
+    (machine.folder / "setup_env.sh").write_text("")
+    python = machine.folder / ".venv" / "bin" / "python"  # a doctor that ends with the code, and what would be started
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\n[[ "$1" != scripts/doctor.py ]] || exit {code}\necho "started: $*"\n')
+    python.chmod(0o755)
+    done = machine.run(str(script), DATA="gs://b/shards", GPUS="2")
+    starts = code in (0, 4)
+    assert done.code == (0 if starts else code), done.output
+    assert ("started: -m pretrain.supervise --max-restarts=3" in done.output) == starts
+    assert ("storage failed, and nothing else" in done.output) == (code == 4)
+    assert ("prod_train: not started" in done.output) != starts
+
+
 def test_a_dry_run_prints_the_command_and_the_config_and_starts_nothing(machine):
     variables = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1", "DATA": "gs://b/a b", "PRECISION": "bf16"}
     variables |= {"MAX_RESTARTS": "5", "GRACE_S": "20"}

@@ -122,6 +122,15 @@ def test_a_full_disk_has_no_room_for_the_cache(data, monkeypatch):
     assert status == "fail" and "2 shards need about" in words and "--data.cache_dir" in words
 
 
+def test_a_bounded_cache_must_hold_what_is_read_at_the_same_time(tmp_path):
+    make_shards(tmp_path / "shards", n_shards=6)  # of 4 kB of tokens each
+    data = DataConfig(source=str(tmp_path / "shards"), cache_dir=str(tmp_path / "cache"), cache_gb=20e-6)
+    write_manifest(tmp_path / "shards")
+    assert look(replace(data, shuffle_shards=1))["cache_room"][0] == "ok"
+    status, words = look(replace(data, shuffle_shards=5))["cache_room"]
+    assert status == "fail" and "can't hold the 6 shards" in words and "--data.cache_gb" in words
+
+
 def test_a_tokenizer_of_other_shards(data, tmp_path):
     folder = tmp_path / "shards"
     (folder / "tokenizer.json").write_text("{}")

@@ -10,6 +10,7 @@ import pytest
 from pretrain import doctor
 from pretrain.doctor import Examiner, Finding, Question
 from pretrain.errors import ConfigError, ShardError, StorageError
+from pretrain.kernels import Masking
 from scripts import doctor as script
 
 
@@ -94,6 +95,34 @@ def test_each_question_has_a_name_of_its_own_and_only_chooses_among_them(capsys)
     assert "there is no check 'pyton'. There are python, packages" in capsys.readouterr().err
     assert script.main(["--lr", "-1", "--only", "python"]) == 2
     assert "optim.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "masking"),
+    [
+        ([], None),
+        (["--engine", "ddp", "--precision", "fp8"], None),
+        (["--data.document_mask", "true"], Masking(0.1, False)),
+        (["--data.document_mask", "true", "--train.compile", "true"], Masking(0.1, True)),
+        (["--engine", "ddp", "--data.document_mask", "true", "--precision", "fp8"], Masking(0.1, True)),
+    ],
+)
+def test_kernels_and_memory_are_looked_at_as_documents_and_compilation_want_them(words, masking):
+    invocation = script.read_words(["--model.dropout", "0.1", *words], 2)
+    asked = {question.name: question.arguments for question in script.questions_for(invocation, 0, 2, 1)}
+    assert asked["attention"][3] == masking
+    assert asked["host_memory"][0].document_mask == asked["gpu_memory"][0].document_mask == (masking is not None)
+    assert asked["compile"] == ("--train.compile" in words or "fp8" in words,)
+
+
+def test_the_disk_is_looked_at_for_the_run_and_its_nodes_and_each_source_has_its_time():
+    parts = '[{source: "a", weight: 0.5, name: "a"}, {source: "b", weight: 0.5, name: "b"}]'
+    words = ["--run", "mine", "--data.sources", parts, "--max-steps", "9", "--batch.global_size", "24"]
+    invocation = script.read_words(words, 6)
+    asked = {question.name: question for question in script.questions_for(invocation, 0, 2, 3)}
+    _, run, size, nodes = asked["checkpoint_disk"].arguments
+    assert (run, nodes) == ("mine", 3) and size > 0
+    assert asked["shards"].timeout_s == 2 * 120
 
 
 def test_a_table_and_one_object(capsys):

@@ -57,6 +57,21 @@ class FakeNvml(types.ModuleType):
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         return index
 
+    def nvmlDeviceGetUUID(self, handle: int) -> str:
+        return f"GPU-{handle:x}{handle:x}beef00-0000"
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        """Of a part of a card: a hundred times its number."""
+        if not uuid.startswith("MIG-") or not uuid[4:].isdecimal():
+            raise self.NVMLError("Not Found")
+        return 100 * int(uuid[4:])
+
+    def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, part: int) -> int:
+        return part // 100
+
+    def nvmlDeviceGetIndex(self, handle: int) -> int:
+        return handle
+
 
 @pytest.fixture
 def gpus(monkeypatch):
@@ -127,10 +142,36 @@ def test_unequal_gpus_are_a_warning(gpus):
 def test_the_gpus_that_count_are_those_this_process_may_use(gpus, monkeypatch):
     gpus(nvmlDeviceGetCount=8)
     assert gpu_checks.count_gpus() == 8
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3")
-    assert gpu_checks.count_gpus() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_checks.count_gpus() == 0 and health() == [("gpu_health", "skip")]
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"),
+    [
+        ("0,3", [0, 3]),
+        (" 3 , 0", [3, 0]),
+        ("-1", []),
+        ("0,-1,3", [0]),  # CUDA stops there
+        ("0,99,3", [0]),
+        ("NoDevFiles", []),
+        ("GPU-55beef00-0000,GPU-2", [5, 2]),
+        ("GPU-", []),  # it could be any
+        ("GPU-77beef00-0000,GPU-ffffffff,0", [7]),
+        ("MIG-4", [4]),
+        ("MIG-none", []),
+    ],
+)
+def test_only_the_gpus_that_cuda_would_show_are_counted_and_looked_at(gpus, monkeypatch, visible, numbers):
+    limit = {"nvmlDeviceGetEnforcedPowerLimit": 300_000}  # a trouble of each card
+    gpus(nvmlDeviceGetCount=8, nvmlDeviceGetName=lambda handle: f"NVIDIA A{handle}", **limit)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert gpu_checks.count_gpus() == len(numbers)
+    assert [finding.name for finding in gpu_checks.health()] == ([f"gpu_{n}" for n in numbers] or ["gpu_health"])
+    assert gpu_checks.first_gpu() == (f"NVIDIA A{numbers[0]}" if numbers else "")
+    driver = gpu_checks.driver()
+    assert driver.status == ("warn" if len(numbers) > 1 else "ok")
+    assert driver.found.partition("; ")[2] == (", ".join(f"1 × NVIDIA A{n}" for n in numbers) or "no GPU")
 
 
 def test_a_card_whose_driver_does_not_answer_is_a_fail_and_no_card_none(monkeypatch, tmp_path):

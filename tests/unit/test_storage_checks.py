@@ -14,7 +14,7 @@ import pytest
 
 from pretrain import storage_checks
 from pretrain.config import CheckpointConfig, LogConfig, StorageConfig
-from pretrain.doctor import Question, answer
+from pretrain.doctor import Finding, Question, answer
 from pretrain.errors import StorageError
 from pretrain.storage import open_store
 from tests.fault_proxy import FaultProxy
@@ -72,12 +72,47 @@ def test_a_slow_disk_is_a_warning(tmp_path, monkeypatch):
     assert found.status == "warn" and "1 MB/s written" in found.found and "--data.cache_dir" in found.mend
 
 
+def look_at_room(tmp_path, monkeypatch, room: float, url: str = "", nodes: int = 1) -> Finding:
+    """With so many checkpoints' room: what is found for a run that keeps three of them, of 1 GB."""
+    monkeypatch.setattr(storage_checks, "free_disk_bytes", lambda folder: int(room * 1e9))
+    return storage_checks.checkpoint_disk(CheckpointConfig(dir=str(tmp_path), keep=3, url=url), "run", 10**9, nodes)
+
+
 @pytest.mark.parametrize(("room", "status"), [(1.5, "fail"), (3, "warn"), (5, "ok")])
 def test_room_for_checkpoints(tmp_path, monkeypatch, room, status):
-    monkeypatch.setattr(storage_checks, "free_disk_bytes", lambda folder: int(room * 1e9))
-    found = storage_checks.checkpoint_disk(CheckpointConfig(dir=str(tmp_path), keep=3), 10**9)
+    found = look_at_room(tmp_path, monkeypatch, room)
     assert found.status == status and "a checkpoint of 1.0 GB takes" in found.found
     assert ("--checkpoint.dir" in found.mend) == (status != "ok")
+
+
+@pytest.mark.parametrize(
+    ("room", "committed", "unfinished", "status"),
+    [
+        (1.2, 3, 0, "ok"),  # as a run in its steady state leaves the disk
+        (1.2, 1, 0, "warn"),
+        (0.8, 3, 0, "fail"),
+        (0.8, 3, 1, "ok"),  # killed in the middle of a save, which will be made again in its place
+        (1.5, 0, 1, "warn"),
+    ],
+)
+def test_the_runs_own_checkpoints_are_part_of_the_room(tmp_path, monkeypatch, room, committed, unfinished, status):
+    monkeypatch.setattr(storage_checks, "folder_bytes", lambda folder: 10**9)
+    for step in range(committed + unfinished):
+        folder = tmp_path / "run" / f"checkpoint-epoch0-step{step}-files0"
+        folder.mkdir(parents=True)
+        if step < committed:
+            (folder / "manifest.json").write_text("{}")
+    (tmp_path / "another" / "checkpoint-epoch0-step1-files0").mkdir(parents=True)
+    found = look_at_room(tmp_path, monkeypatch, room)
+    assert found.status == status
+    assert (f"{committed}.0 GB of this run's are there" in found.found) == (committed > 0)
+    assert status != "fail" or "no room for one more" in found.found
+
+
+def test_each_of_several_nodes_needs_room_for_its_part_unless_they_share_a_disk(tmp_path, monkeypatch):
+    found = look_at_room(tmp_path, monkeypatch, 1.1, "gs://bucket/x", nodes=4)
+    assert found.status == "ok" and "part of a checkpoint, 1 of 4, of 250.0 MB takes" in found.found
+    assert look_at_room(tmp_path, monkeypatch, 1.1, nodes=4).status == "fail"
 
 
 # ---- the bucket ----

@@ -10,6 +10,7 @@ import torch
 from pretrain import compiler, torch_checks
 from pretrain.config import BatchConfig, EngineConfig
 from pretrain.doctor import Question, answer
+from pretrain.kernels import Masking
 from pretrain.memory import Setup, Sharding
 from pretrain.model_config import ModelConfig
 
@@ -53,10 +54,22 @@ def test_wrong_products_are_found(monkeypatch):
     assert found.status == "fail" and "a matrix product in bf16 is wrong" in found.found
 
 
+def test_of_fp8_it_is_said_what_was_multiplied(monkeypatch):
+    monkeypatch.setattr(torch_checks, "check_precision", lambda device, wanted: None)
+    words = torch_checks.precision("fp8").found
+    assert words.startswith("bf16 multiplies rightly; fp8 products were not tried")
+    monkeypatch.setitem(torch_checks.PRECISION_DTYPES, "fp8", torch.int8)
+    assert "a matrix product in bf16 is wrong" in torch_checks.precision("fp8").found
+
+
 def test_attention_runs_or_says_what_would():
     assert torch_checks.attention("auto", "bf16", 64).status == "ok"
     flash = torch_checks.attention("flash", "bf16", 64)
     assert flash.status == "fail" and "CUDA only" in flash.found and "--model.attention" in flash.mend
+    masked = torch_checks.attention("auto", "bf16", 64, Masking(0.1))
+    assert masked.status == "ok" and "the document mask by torch's fused attention" in masked.found
+    assert torch_checks.attention("flex", "bf16", 64).found.endswith("only flash, sdpa, plain")
+    assert "on CUDA only" in torch_checks.attention("flex", "bf16", 64, Masking()).found
 
 
 def test_a_compiler_that_fails_or_lies_is_a_warning(monkeypatch):
