@@ -136,7 +136,7 @@ def _cache_room(source: _Source, manifest: DataManifest | None, data: DataConfig
     cache = ShardCache(source.store, data, model.vocab_size, manifest)
     with borrowed(cache.folder, "--data.cache_dir"):
         cache.check_room(source.shards, data.shuffle_shards)
-    ready = sum(cache.record(info) is not None for info in source.shards)
+    ready = sum(cache.is_here(info) for info in source.shards)
     return ok("cache_room", f"enough for the shards; {ready:,} of {len(source.shards):,} are ready")
 
 
