@@ -120,7 +120,7 @@ def torch_questions(invocation: Invocation, setup: Setup, gpus: int, ranks: int)
     """What torch does on this machine."""
     config = invocation.config
     train, model = config.train, config.model
-    compiled = train.compile or train.precision == "fp8"
+    compiled = train.compiles
     masking = Masking(model.dropout, compiled) if config.data.document_mask else None
     kernel = (model.attention, train.precision, model.head_dim, masking)
     return [
