@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from model import GPT
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine import zero
 from pretrain.engine.base import EngineState
@@ -26,9 +27,20 @@ from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.engine.fsdp import FsdpEngine
 from pretrain.engine.native import NativeEngine
 from pretrain.errors import ConfigError
+from pretrain.model_config import ModelConfig
 from pretrain.optim import LossScale, parameter_groups
 from pretrain.ranks import Ranks
-from tests.helpers_training import ROOT, TinyModel, copied_states, differing, reader_of, single_rank, tokens_of_step
+from tests.helpers_training import (
+    ROOT,
+    SEQ_LEN,
+    VOCAB,
+    TinyModel,
+    copied_states,
+    differing,
+    reader_of,
+    single_rank,
+    tokens_of_step,
+)
 
 CPU = torch.device("cpu")
 OPTIM = OptimConfig(lr=1e-2, clip=0.5, weight_decay=0.1, warmup_steps=0)
@@ -183,6 +195,27 @@ def test_what_was_saved_and_loaded_goes_on_to_the_last_bit(kind, precision):
     assert train(other, range(5, 10)) == alone
     assert differing(copied_states(engine), copied_states(other)) == []
     assert engine.state() == other.state() == EngineState(10)
+
+
+SHAPE = ModelConfig(size="custom", n_layer=2, n_head=2, d_model=16, vocab_size=VOCAB, seq_len=SEQ_LEN, dropout=0.2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_leaves_torchs_linear_alone_and_selective_recomputing_changes_no_gradient(stage):
+    """DeepSpeed's own linear of ZeRO-3 gives others there, and stays in the process."""
+    linear, norms = torch.nn.functional.linear, []
+    for kind in ("none", "selective"):
+        shape = replace(SHAPE, activation_checkpointing=kind, bias=True).resolve()
+
+        def model(seed, shape=shape):
+            torch.manual_seed(seed)
+            return GPT(shape)
+
+        engine = zero_engine(stage=stage, model=model, optim=replace(OPTIM, clip=0.0))
+        torch.manual_seed(7)
+        norms += train(engine, range(1))[1]
+    assert torch.nn.functional.linear is linear
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("make_engine", [native, fsdp, *(functools.partial(zero_engine, stage=n) for n in range(4))])
@@ -451,6 +484,7 @@ TWO_RANKS = """
 import json, sys
 import torch
 from pretrain import ranks
+from model import GPT
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.build import build_engine
 from tests.helpers_training import TinyModel, tokens_of_step
