@@ -295,6 +295,11 @@ class ShardCache:
         """Room that a shard takes beside its tokens while it is fetched."""
         return 0 if isinstance(self.store, LocalStore) else info.size
 
+    def room_bytes(self, objects: Sequence[ObjectInfo], n_shards: int) -> int:
+        """Room that so many of these shards take at most, while one of them is fetched."""
+        sizes = sorted(self.token_bytes(info) for info in objects)
+        return sum(sizes[-n_shards:]) + max(self.download_bytes(info) for info in objects)
+
     def check_room(self, objects: Sequence[ObjectInfo], at_once: int = 1) -> None:
         """Refuse to begin what the folder or data.cache_gb can't take.
 
@@ -306,12 +311,10 @@ class ShardCache:
             StorageError: the disk is.
         """
         make_writable(self.folder, "--data.cache_dir")
-        sizes = sorted(self.token_bytes(info) for info in objects)
-        limit, download = self.room.limit_bytes, max(self.download_bytes(info) for info in objects)
-        least = sum(sizes[-at_once - 1 :]) + download  # with the one that comes next
-        if 0 < limit < least:
+        limit, n_shards = self.room.limit_bytes, min(at_once + 1, len(objects))  # with the one that comes next
+        if limit and limit < (least := self.room_bytes(objects, n_shards)):
             raise ConfigError(
-                f"data.cache_gb {limit / 1e9:g} can't hold the {min(at_once + 1, len(sizes))} shards that are needed "
+                f"data.cache_gb {limit / 1e9:g} can't hold the {n_shards} shards that are needed "
                 f"at the same time, {least / 1e9:.3g} GB",
                 f"Set --data.cache_gb to {least / 1e9 * 1.05:.2g} or more, or lower --data.shuffle_shards",
             )

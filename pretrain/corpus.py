@@ -100,9 +100,11 @@ def fetch_corpus(
 
 def _check_room(data: DataConfig, feeds: Sequence[ShardFeed]) -> None:
     """Refuse a bound that can't hold what all sources of a mixture hold at the same time. Raises ConfigError."""
+    if len(feeds) < 2 or not data.cache_gb:
+        return
     n_shards = data.shuffle_shards + 1 + data.prefetch_shards
     needed = sum(feed.room_bytes(n_shards) for feed in feeds)
-    if len(feeds) > 1 and 0 < data.cache_gb * 1e9 < needed:
+    if data.cache_gb * 1e9 < needed:
         raise ConfigError(
             f"data.cache_gb {data.cache_gb:g} can't hold the {n_shards} shards that each of {len(feeds)} sources holds "
             f"at the same time, {needed / 1e9:.3g} GB",

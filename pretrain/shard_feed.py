@@ -102,8 +102,7 @@ class ShardFeed:
 
     def room_bytes(self, n_shards: int) -> int:
         """Room in the cache that so many shards take at most, while one of them is fetched."""
-        sizes = sorted(self._cache.token_bytes(info) for info in self._objects)
-        return sum(sizes[-n_shards:]) + max(self._cache.download_bytes(info) for info in self._objects)
+        return self._cache.room_bytes(self._objects, n_shards)
 
     def close(self) -> None:
         """Let everything go, for good; what is being fetched is given up, and who waits is told."""
