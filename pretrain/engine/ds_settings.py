@@ -30,10 +30,6 @@ def derived_settings(
         "min_loss_scale": 1,
     }
     zero: dict[str, Any] = {"stage": engine.zero_stage}
-    if engine.zero_stage == 3:
-        # It would replace torch's linear for good, in every model of the process, by one whose gradients are wrong
-        # under selective activation checkpointing (deepspeed 0.19.8: by a quarter, and nothing is said).
-        zero["memory_efficient_linear"] = False
     if engine.offload_optimizer:
         zero["offload_optimizer"] = CPU_OFFLOAD
     return {
