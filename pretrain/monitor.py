@@ -32,6 +32,7 @@ RUNNING, STARTING, STALLED, DONE, STOPPED, FAILED, RESTARTING, UNKNOWN = (
 PACE_RECORDS = 100
 PHASES = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "checkpoint_ms", "eval_ms", "other_ms")
 PATIENCE_S, PATIENCE_RECORDS = 60.0, 20  # without a record a run counts as stalled: the longer of the two
+START_PATIENCE_S = 1800.0  # before the first step: a model is built, shards are fetched, kernels are compiled
 COPY_PATIENCE_S, COPY_PATIENCE_COMMITS = 900.0, 3  # the same of logs that come with the checkpoints
 SPARK_POINTS = 400
 WARNINGS = 20
@@ -155,7 +156,8 @@ def _state(logs: RunLogs, now: float, copied_s: float | None) -> tuple[str, str,
         return (*_end(ended), age_s)
     start = logs.starts[-1] if logs.starts else {}
     if start and not any(time_of(record) >= time_of(start) for record in logs.records[-1:]):
-        return STARTING, f"started {_ago(now - time_of(start))}, no step yet", age_s
+        told = f"started {_ago(now - time_of(start))}, no step yet"
+        return STALLED if age_s > START_PATIENCE_S else STARTING, told, age_s
     quiet_s = now - max(copied_s or 0.0, logs.updated_s)
     if quiet_s > (patience_s := _patience_s(logs, copied_s is not None)):
         return (

@@ -79,6 +79,8 @@ def test_a_restart_by_the_supervisor_and_a_start_without_a_step(tmp_path):
     )
     status = assess(run, now=1080.0)
     assert status.state == monitor.STARTING and "0:10 ago" in status.detail and status.restarts == 1
+    status = assess(run, now=1070.0 + monitor.START_PATIENCE_S + 1)  # killed before its first step, and nobody told
+    assert status.state == monitor.STALLED and "no step yet" in status.detail
 
 
 def test_nothing_is_known_of_an_empty_folder(tmp_path):
