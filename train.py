@@ -188,7 +188,7 @@ def loop(run: Run, stop: StopRequest) -> None:
     with contextlib.closing(stream):
         while run.progress.step < run.total_steps and not run.spent:
             waited_s = run.await_batch(stream, stop)
-            if run.stopped:
+            if run.stopped or run.starved:
                 break
             failpoint("loop.before_step")
             files_before = run.progress.files
@@ -312,9 +312,11 @@ def close(run: Run) -> int:
     if run.ranks.is_first:
         summary = run.summary()
         run.metrics.summary(summary)
-        run.metrics.ended(run.stopped, run.spent)
-        run.metrics.close()
+        if not run.starved:
+            run.metrics.ended(run.stopped, run.spent)
+            run.metrics.close()
         print_summary(summary, log.console(), run.next_commands())
+    run.check_data()
     leave(run.ranks)
     if run.stopped:
         return EXIT_STOPPED

@@ -4,33 +4,27 @@ An epoch is one stream: the shards in a seeded order, one behind the other. Wind
 [i·T, i·T + T + 1), so every token but the first is a target once, across documents and across shards. A window belongs
 to the shard its first token lies in; inside a group of `shuffle_shards` shards the windows are taken in a seeded order.
 A resume needs three integers and reads nothing again.
+
+Shards may still be in the making. Then the first epoch takes them in the order in which they are made: what stands in
+its first groups follows from the shards of these groups alone. Who asks for more than there is waits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from pretrain.epochs import Epoch, Position, shuffled
 from pretrain.errors import ShardError
 from pretrain.read_ahead import ReadAhead
-from pretrain.shard_feed import ShardFeed
+from pretrain.shard_feed import GrowingFeed, ShardFeed
 from pretrain.shards import Shard
 
+__all__ = ["Batches", "Position", "validation_batches"]
+
 MAX_OPEN_SHARDS = 256  # each memory map holds a file descriptor, and a process often has 1024
-
-
-@dataclass(frozen=True)
-class Position:
-    """What has been taken so far; the beginning of a run is all zeros."""
-
-    epoch: int = 0
-    shard: int = 0
-    """Index in the epoch's seeded order of shards."""
-    window: int = 0
-    """Windows taken since that shard's began."""
 
 
 class Batches:
@@ -42,11 +36,13 @@ class Batches:
         global_size: windows in one optimizer step, over all ranks.
         seed: of the order of shards and windows.
         shuffle_shards: consecutive shards whose windows are shuffled together.
-        feed: brings the shards, where they are not here yet: it is told which ones come next.
+        feed: brings the shards, where they are not here yet: it is told which ones come next. From one that grows
+            come the shards themselves, as they are made, and `shards` is empty.
         prefetch_shards: shards that it fetches ahead of those which are read.
+        in_order: the first epoch takes the shards in their own order instead of a seeded one.
 
     Raises:
-        ShardError: the shards hold fewer windows than one step takes.
+        ShardError: the shards hold fewer windows than one step takes; of shards in the making, by who waits for more.
     """
 
     def __init__(
@@ -59,25 +55,39 @@ class Batches:
         shuffle_shards: int = 1,
         feed: ShardFeed | None = None,
         prefetch_shards: int = 0,
+        in_order: bool = False,
     ) -> None:
-        self.shards = tuple(shards)
         self.seq_len = seq_len
         self.global_size = global_size
         self.seed = seed
         self.shuffle_shards = shuffle_shards
-        self.n_tokens = sum(shard.n_tokens for shard in self.shards)
-        self.windows_per_epoch = max(self.n_tokens - 1, 0) // seq_len
-        if self.windows_per_epoch < global_size:
-            raise ShardError(
-                f"{len(self.shards)} shards of {self.n_tokens} tokens in all give {self.windows_per_epoch} windows of "
-                f"model.seq_len {seq_len}, fewer than one step of batch.global_size {global_size} takes",
-                f"Give at least {global_size * seq_len + 1} tokens, or lower model.seq_len or batch.global_size",
-            )
-        self._epoch_cache: _Epoch | None = None
+        self.in_order = in_order
         self.feeds: tuple[ShardFeed, ...] = () if feed is None else (feed,)
+        self._epoch_cache: Epoch | None = None
         self._prefetch_shards = prefetch_shards
         self._wanted = (-1, -1)  # (epoch, group of shards) that the feed was told of
-        self._reader = _Reader(self.shards, keep_open=feed is None)
+        self._growing = feed if isinstance(feed, GrowingFeed) else None
+        self._take_over(tuple(shards), is_complete=self._growing is None)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The training shards; so far, where they are still being made."""
+        return self._shards
+
+    @property
+    def n_tokens(self) -> int:
+        """Of all `shards`."""
+        return sum(shard.n_tokens for shard in self.shards)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows of all `shards`."""
+        return self._windows_per_epoch
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `shards` are all that there will be."""
+        return self._is_complete
 
     def files_processed(self, position: Position) -> int:
         """Shards taken to the end since the run began."""
@@ -85,12 +95,14 @@ class Batches:
 
     def windows_before(self, position: Position) -> int:
         """Windows taken since the run began. Raises ValueError where this data doesn't have the position."""
+        self._await(lambda epoch: position.epoch == 0 and epoch.has(position))
         return position.epoch * self.windows_per_epoch + self._epoch(position.epoch).taken(position)
 
     def position_after(self, windows: int) -> Position:
         """The reverse of `windows_before`; it names the shard whose windows come next."""
-        epoch, taken = divmod(windows, self.windows_per_epoch)
-        return self._epoch(epoch).position(taken)
+        self._await(lambda epoch: windows < epoch.n_windows)
+        epoch, taken = self._split(windows)
+        return epoch.position(taken)
 
     def origins(self, position: Position) -> list[tuple[str, Batches, int]]:
         """Of each window of the step at `position`: its source's name ('' where there is one only), that source, and
@@ -130,17 +142,20 @@ class Batches:
     def read(self, first: int, count: int) -> np.ndarray:
         """The `count` windows taken after `first` others since the run began: (count, seq_len + 1) int64."""
         batch = np.empty((count, self.seq_len + 1), dtype=np.int64)
-        number, taken = divmod(first, self.windows_per_epoch)
-        epoch, row = self._epoch(number), 0
+        row = 0
         while row < count:
-            if taken >= self.windows_per_epoch:
-                # They may cross the end of an epoch: it goes on with the next one's first windows.
-                epoch, taken = self._epoch(epoch.number + 1), taken - self.windows_per_epoch
+            # They may cross the end of an epoch: it goes on with the next one's first windows.
+            epoch, taken = self.located(first + row)
             begins = epoch.windows(taken, count - row) * self.seq_len
             self._tell_feed(epoch, taken)
             self._reader.read_rows(epoch.order, epoch.starts, begins, batch[row : row + len(begins)])
-            row, taken = row + len(begins), taken + len(begins)
+            row += len(begins)
         return batch
+
+    def located(self, windows: int) -> tuple[Epoch, int]:
+        """The epoch of the window taken after `windows` others since the run began, and how many of these it has."""
+        self._await(lambda epoch: windows < epoch.n_settled)
+        return self._split(windows)
 
     def stream(self, position: Position, rank: int, world_size: int, prefetch: int = 4) -> ReadAhead[Position]:
         """`take` for ever, read up to `prefetch` steps ahead by a background thread.
@@ -159,74 +174,63 @@ class Batches:
         """Grows as long as data arrives."""
         return sum(feed.arrived for feed in self.feeds)
 
-    def _tell_feed(self, epoch: _Epoch, taken: int) -> None:
+    def _tell_feed(self, epoch: Epoch, taken: int) -> None:
         """Have the shards fetched that the windows after `taken` others are read from, and those that come then."""
         group = epoch.group(taken)
         if not self.feeds or self._wanted == (epoch.number, group):
             return
         self._wanted = (epoch.number, group)
+        if not self.is_complete:
+            self._grow()
+            epoch = self._epoch(0)
         first, end = group * self.shuffle_shards, min((group + 1) * self.shuffle_shards, len(epoch.order))
         # The last windows of a group go on in the shards behind it.
         stop = int(np.searchsorted(epoch.starts[:-1], epoch.starts[end] + self.seq_len, side="left"))
         ahead = epoch.order[stop : stop + self._prefetch_shards]
-        if (lacking := self._prefetch_shards - len(ahead)) > 0:
-            ahead = np.concatenate([ahead, _shuffled(len(epoch.order), self.seed, epoch.number + 1, 0)[:lacking]])
+        if (lacking := self._prefetch_shards - len(ahead)) > 0 and self.is_complete:
+            ahead = np.concatenate([ahead, shuffled(len(epoch.order), self.seed, epoch.number + 1, 0)[:lacking]])
         self.feeds[0].want(epoch.order[first:stop].tolist(), ahead.tolist())
 
-    def _epoch(self, number: int) -> _Epoch:
+    def _epoch(self, number: int) -> Epoch:
         # One is kept: the read-ahead thread and a caller may both replace it, and either result is right.
-        epoch = self._epoch_cache
-        if epoch is None or epoch.number != number:
-            epoch = _Epoch(self, number)
+        epoch, shards = self._epoch_cache, self.shards
+        if epoch is None or epoch.number != number or len(epoch.order) != len(shards):
+            how = {"seq_len": self.seq_len, "seed": self.seed, "group_size": self.shuffle_shards}
+            lengths = np.array([shard.n_tokens for shard in shards], dtype=np.int64)
+            epoch = Epoch(number, lengths, **how, in_order=self.in_order and number == 0)
             self._epoch_cache = epoch
         return epoch
 
+    def _split(self, windows: int) -> tuple[Epoch, int]:
+        """As `located`, without waiting."""
+        number, taken = divmod(windows, self.windows_per_epoch) if self.is_complete else (0, windows)
+        return self._epoch(number), taken
 
-class _Epoch:
-    """One epoch's seeded order."""
+    # ---- shards in the making ----
 
-    def __init__(self, batches: Batches, number: int) -> None:
-        self.number = number
-        self.order = _shuffled(len(batches.shards), batches.seed, number, 0)
-        lengths = np.array([batches.shards[index].n_tokens for index in self.order], dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(lengths)])  # (n_shards + 1,) first token of each shard
-        # (n_shards + 1,) windows that begin before each shard: also how many are taken when its turn comes
-        self.bounds = np.minimum(-(-self.starts // batches.seq_len), batches.windows_per_epoch)
-        self._seed = batches.seed
-        self._group_size = batches.shuffle_shards
-        self._group: tuple[int, int, np.ndarray] = (-1, 0, np.empty(0, dtype=np.int64))
+    def _await(self, is_enough: Callable[[Epoch], bool]) -> None:
+        """Wait until the first epoch is enough, or nothing is left to be made. Raises as `GrowingFeed.await_more`."""
+        while self._growing and not self.is_complete and not is_enough(self._epoch(0)):
+            self._growing.await_more(len(self.shards))
+            self._grow()
 
-    def taken(self, position: Position) -> int:
-        """Windows of this epoch taken before `position`."""
-        n_shards = len(self.order)
-        is_here = 0 <= position.shard < n_shards
-        if not is_here or not 0 <= position.window <= self.bounds[-1] - self.bounds[position.shard]:
-            raise ValueError(f"{position} is not in an epoch of {n_shards} shards and {self.bounds[-1]} windows")
-        return int(self.bounds[position.shard]) + position.window
+    def _grow(self) -> None:
+        """Take over what was made since."""
+        if self._growing:
+            self._take_over(*self._growing.made())
 
-    def position(self, taken: int) -> Position:
-        """The reverse of `taken`; a shard too short for a window of its own is passed over."""
-        shard = int(np.searchsorted(self.bounds, taken, side="right")) - 1
-        return Position(self.number, shard, taken - int(self.bounds[shard]))
-
-    def window(self, taken: int) -> int:
-        """Index in the stream of the window taken after `taken` others."""
-        return int(self.windows(taken, 1)[0])
-
-    def group(self, taken: int) -> int:
-        """The group of shards that the window taken after `taken` others begins in."""
-        return (int(np.searchsorted(self.bounds, taken, side="right")) - 1) // self._group_size
-
-    def windows(self, taken: int, count: int) -> np.ndarray:
-        """Indexes of the windows taken after `taken` others (n,) int64: `count` of them, or up to their group's end."""
-        group = self.group(taken)
-        current, first, shuffled = self._group
-        if current != group:
-            first = int(self.bounds[group * self._group_size])
-            end = int(self.bounds[min((group + 1) * self._group_size, len(self.order))])
-            shuffled = _shuffled(end - first, self._seed, self.number, group + 1)
-            self._group = (group, first, shuffled)
-        return first + shuffled[taken - first : taken - first + count]
+    def _take_over(self, shards: tuple[Shard, ...], is_complete: bool) -> None:
+        self._shards = shards
+        self._reader = _Reader(shards, keep_open=not self.feeds)
+        self._windows_per_epoch = max(self.n_tokens - 1, 0) // self.seq_len
+        if is_complete and self.windows_per_epoch < self.global_size:
+            raise ShardError(
+                f"{len(shards)} shards of {self.n_tokens} tokens in all give {self.windows_per_epoch} windows of "
+                f"model.seq_len {self.seq_len}, fewer than one step of batch.global_size {self.global_size} takes",
+                f"Give at least {self.global_size * self.seq_len + 1} tokens, or lower model.seq_len or "
+                "batch.global_size",
+            )
+        self._is_complete = is_complete  # last: another thread may look
 
 
 class _Reader:
@@ -290,13 +294,3 @@ def validation_batches(shards: Sequence[Shard], seq_len: int, n_sequences: int) 
     for row in range(count):
         reader.read(order, starts, row * n_windows // count * seq_len, windows[row])
     return windows
-
-
-def _shuffled(count: int, *key: int) -> np.ndarray:
-    """A permutation of range(count) (count,) int64 that depends on `key` alone.
-
-    Sorting raw bits rather than calling `Generator.permutation`: numpy promises the bits of PCG64 for ever, but may
-    change what its generators make of them, and a resume would then go on in another order.
-    """
-    bits = np.random.PCG64(np.random.SeedSequence([part % 2**64 for part in key])).random_raw(count)
-    return np.argsort(bits, kind="stable")

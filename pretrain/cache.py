@@ -312,12 +312,8 @@ class ShardCache:
         """
         make_writable(self.folder, "--data.cache_dir")
         limit, n_shards = self.room.limit_bytes, min(at_once + 1, len(objects))  # with the one that comes next
-        if limit and limit < (least := self.room_bytes(objects, n_shards)):
-            raise ConfigError(
-                f"data.cache_gb {limit / 1e9:g} can't hold the {n_shards} shards that are needed "
-                f"at the same time, {least / 1e9:.3g} GB",
-                f"Set --data.cache_gb to {least / 1e9 * 1.05:.2g} or more, or lower --data.shuffle_shards",
-            )
+        if limit:
+            self.check_bound(n_shards, self.room_bytes(objects, n_shards))
         absent = [info for info in objects if not self.is_settled(info, keep=True)]
         downloads = sorted(self.download_bytes(info) for info in absent)
         needed = sum(self.token_bytes(info) for info in absent) + sum(downloads[-self.download_workers :])
@@ -329,6 +325,15 @@ class ShardCache:
                 f"{self.folder} has {free / 2**20:,.1f} MiB free, "
                 f"{len(absent)} shards need about {needed / 2**20:,.1f} MiB",
                 "Free some, set --data.cache_dir to a larger disk, or bound the cache with --data.cache_gb",
+            )
+
+    def check_bound(self, n_shards: int, least: int) -> None:
+        """Refuse a bound below the `least` bytes of so many shards that are needed at once. Raises ConfigError."""
+        if 0 < self.room.limit_bytes < least:
+            raise ConfigError(
+                f"data.cache_gb {self.room.limit_bytes / 1e9:g} can't hold the {n_shards} shards that are needed "
+                f"at the same time, {least / 1e9:.3g} GB",
+                f"Set --data.cache_gb to {least / 1e9 * 1.05:.2g} or more, or lower --data.shuffle_shards",
             )
 
     def remove_leftovers(self) -> None:

@@ -66,9 +66,14 @@ class DataConfig:
     """Windows are shuffled inside groups of so many shards."""
     tokenizer: str = ""
     """Of raw text: a tokenizer.json, a folder with one, or tiktoken:NAME. Sources are then raw text, `val_source`
-    too, and prepared into shards below `cache_dir` before the first step; empty: they are shards."""
+    too, and prepared into shards below `cache_dir`; empty: they are shards."""
     tokenizer_num_workers: int = 4
     """Processes of a node that prepare raw text."""
+    raw_ahead: bool = True
+    """Training begins when the first shards of raw text are made, and its first epoch takes them in that order; false:
+    all of it is prepared before the first step, and every epoch has a seeded order of shards."""
+    raw_shard_tokens: int = 10_000_000
+    """Tokens of a shard that raw text is prepared into."""
     text_key: str = "text"
     """Key or column of the text in raw text."""
     download_workers: int = 8
@@ -81,6 +86,11 @@ class DataConfig:
     """Attention never crosses a document, and positions restart with each."""
     eot_token_id: int = -1
     """Token id that ends a document, for `document_mask`; -1: the data's manifest.json tells it."""
+
+    @property
+    def prepares_ahead(self) -> bool:
+        """Whether shards are made of raw text while they are trained on."""
+        return bool(self.tokenizer) and self.raw_ahead
 
 
 @dataclass(frozen=True)
@@ -324,7 +334,8 @@ class Config:
         """Optimizer steps of the whole run.
 
         Args:
-            windows_per_epoch: sequences in one pass over the shards, used where neither steps nor tokens are given.
+            windows_per_epoch: sequences in one pass over the shards, used where neither steps nor tokens are given,
+                which shards that are still being made don't allow.
         """
         if self.train.max_steps:
             return self.train.max_steps

@@ -20,6 +20,7 @@ def validate(config: Config, world_size: int) -> list[str]:
         *_range_problems(config),
     ]
     problems += _source_problems(config.data, config.train) + _data_problems(config.data)
+    problems += _raw_text_problems(config.data, config.train)
     problems += _mask_problems(config.data, config.model, config.train)
     problems += _budget_problems(config.train) + _profile_problems(config.log)
     problems += _fp8_problems(config)
@@ -78,6 +79,14 @@ def _source_problems(data: DataConfig, train: TrainConfig) -> list[str]:
         ),
     ]
     return [problem for broken, problem in rules if broken]
+
+
+def _raw_text_problems(data: DataConfig, train: TrainConfig) -> list[str]:
+    if data.prepares_ahead and not data.sources and not (train.max_steps or train.max_tokens):
+        what = "train.epochs can't be counted in steps while raw text is still being prepared: give --max-tokens or"
+        first = "or have it prepared first, with --data.raw_ahead false or by python scripts/prepare_data.py"
+        return [f"{what} --max-steps, {first}"]
+    return []
 
 
 def _mask_problems(data: DataConfig, model: ModelConfig, train: TrainConfig) -> list[str]:
@@ -152,6 +161,7 @@ def _data_problems(data: DataConfig) -> list[str]:
             data.tokenizer_num_workers < 1,
             f"data.tokenizer_num_workers {data.tokenizer_num_workers} must be at least 1",
         ),
+        (data.raw_shard_tokens < 1, f"data.raw_shard_tokens {data.raw_shard_tokens} must be at least 1"),
         (data.cache_gb < 0, f"data.cache_gb {data.cache_gb} must not be negative"),
     ]
     return [problem for broken, problem in rules if broken]

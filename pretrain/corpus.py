@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,13 +14,15 @@ from pretrain import log
 from pretrain.alike import check_same_data
 from pretrain.batches import Batches, validation_batches
 from pretrain.config import DataConfig, StorageConfig
-from pretrain.errors import ConfigError
+from pretrain.errors import ConfigError, TrainerError
 from pretrain.manifest import TOKENIZER_NAME, DataManifest, document_end
-from pretrain.mixture import alone, check_same_tokenizer, lay_out
+from pretrain.mixture import alone, as_given, check_same_tokenizer, lay_out
 from pretrain.model_config import ModelConfig
 from pretrain.progress import DataOrder
 from pretrain.ranks import Ranks
+from pretrain.raw_shards import open_made
 from pretrain.raw_source import prepare_source, prepared
+from pretrain.raw_worker import RawWorker
 from pretrain.shard_feed import ShardFeed
 from pretrain.shards import ShardSet, open_shards
 from pretrain.storage import ObjectStore, open_store
@@ -41,6 +44,7 @@ class Corpus:
         unigram_entropy: nats per token, where the data's manifest tells it.
         tokenizer: the content of tokenizer.json, where it lies beside the shards.
         document_end: the token that ends a document, where `data.document_mask` keeps them apart.
+        workers: what prepares raw text while it is trained on; on the first rank of a node.
     """
 
     batches: Batches
@@ -50,6 +54,22 @@ class Corpus:
     unigram_entropy: float | None
     tokenizer: str | None
     document_end: int | None = None
+    workers: tuple[RawWorker, ...] = ()
+
+    @property
+    def arrived(self) -> int:
+        """Grows as long as data arrives, or is prepared."""
+        return self.batches.arrived + sum(worker.arrived for worker in self.workers)
+
+    @property
+    def failure(self) -> TrainerError | None:
+        """Why no more raw text is prepared, where that failed; known to the first rank of its node."""
+        return next((worker.failure for worker in self.workers if worker.failure), None)
+
+    def tell_wait(self) -> None:
+        """Say what a batch is waited for, where that is raw text; at most once a minute."""
+        for worker in self.workers:
+            worker.tell_wait()
 
 
 def fetch_corpus(
@@ -72,10 +92,14 @@ def fetch_corpus(
         ShardError: no shards, damaged ones, too few tokens, or a vocabulary that is not the model's.
         StorageError: the bucket or the cache can't be used.
     """
-    if data.tokenizer:
-        for source in filter(None, (*(each.source for each in data.sources), data.source, data.val_source)):
-            _prepare(dataclasses.replace(data, source=source, sources=()), ranks, model)
-    found = {name: _open(one, storage, ranks, model) for name, one in alone(data)}
+    workers = _begin_ahead(data, ranks, model)
+    for source in _prepared_first(data):
+        _prepare(dataclasses.replace(data, source=source, sources=(), raw_ahead=False), ranks, model)
+    _await_claims(workers, ranks)
+    if data.prepares_ahead:
+        found = {name: _open_ahead(one, workers.get(name), ranks, model) for name, one in as_given(data)}
+    else:
+        found = {name: _open(one, storage, ranks, model) for name, one in alone(data)}
     shards = {name: each for name, (_, each) in found.items()}
     _check_room(data, [each.feed for each in shards.values() if each.feed])
     for store, each in found.values():
@@ -95,6 +119,7 @@ def fetch_corpus(
         unigram_entropy=_unigram_entropy(shards),
         tokenizer=next((text for text in tokenizers.values() if text is not None), None),
         document_end=document_end(data.eot_token_id, manifests) if data.document_mask else None,
+        workers=tuple(workers.values()),
     )
 
 
@@ -152,6 +177,53 @@ def _validation(
     if shards.feed:
         shards.feed.close()
     return windows, shards.manifest
+
+
+# ---- raw text ----
+
+
+def _prepared_first(data: DataConfig) -> list[str]:
+    """The sources of raw text that are prepared whole before the first step: all, or the validation's alone."""
+    if not data.tokenizer:
+        return []
+    ahead = data.prepares_ahead
+    return [*([] if ahead else (one.source for _, one in as_given(data))), *filter(None, [data.val_source])]
+
+
+def _begin_ahead(data: DataConfig, ranks: Ranks, model: ModelConfig) -> dict[str, RawWorker]:
+    """On the first rank of a node, what prepares each source while it is trained on; they share the processes."""
+    if not data.prepares_ahead or ranks.local_rank:
+        return {}
+    sources = as_given(data)
+    share = max(1, data.tokenizer_num_workers // len(sources))
+    how: dict[str, Any] = {"vocab_size": model.vocab_size, "may_be_larger": bool(model.init_from), "rank": ranks.rank}
+    return {name: RawWorker(dataclasses.replace(one, tokenizer_num_workers=share), **how) for name, one in sources}
+
+
+def _await_claims(workers: Mapping[str, RawWorker], ranks: Ranks) -> None:
+    """Wait, all ranks together, until the shards to come are decided on every node. Raises what a worker failed of."""
+    working = True
+    while working:
+        is_waiting = not all(worker.claimed.wait(LOOK_EVERY_S) for worker in workers.values())
+        for worker in workers.values():
+            if worker.failure:
+                raise worker.failure
+        working = ranks.any(is_waiting)
+
+
+def _open_ahead(
+    data: DataConfig, worker: RawWorker | None, ranks: Ranks, model: ModelConfig
+) -> tuple[ObjectStore, ShardSet]:
+    shards = open_made(
+        data,
+        vocab_size=model.vocab_size,
+        local_rank=ranks.local_rank,
+        local_world_size=ranks.local_world_size,
+        on_close=worker.close if worker else None,
+    )
+    store = open_store(prepared(data).source, StorageConfig())
+    logger.info("data: training begins when the first shards are there, in %s", store.url)
+    return store, shards
 
 
 def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:

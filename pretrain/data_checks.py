@@ -51,7 +51,8 @@ class _TooSlow(Exception):
 def corpus(data: DataConfig, storage: StorageConfig, model: ModelConfig) -> list[Finding]:
     """What can be known of the training shards of every source from their list and the first of them."""
     if data.tokenizer:
-        return [skip("shards", "data.tokenizer: raw text, which is prepared into shards before the first step")]
+        when = "while training runs" if data.prepares_ahead else "before the first step"
+        return [skip("shards", f"data.tokenizer: raw text, which is prepared into shards {when}")]
     if not (data.source or data.sources):
         return [skip("shards", "no --data given")]
     findings = []

@@ -97,8 +97,8 @@ def _begin(work: Work, n_bytes: Synchronized[int], n_tokens: Synchronized[int]) 
     global _work, _done
     _work, _done = work, (n_bytes, n_tokens)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers share the processors, not their threads
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all processes; the main one ends the others
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach all processes; the main one ends the others
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -161,14 +161,14 @@ class LocalPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is not None:  # nobody wants what they are at
             for process in list((self._pool._processes or {}).values()):
-                process.terminate()
+                process.kill()
         self._pool.shutdown(cancel_futures=True)
 
 
 def _lost_worker() -> StorageError:
     return StorageError(
         "a worker process was killed, perhaps for want of memory",
-        "Start again: it goes on from here. Fewer --num_workers need less memory.",
+        "Start again: it goes on from here. Fewer worker processes need less memory.",
     )
 
 

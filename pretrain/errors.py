@@ -6,6 +6,8 @@ Exit codes are a contract with launchers and supervisors:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 EXIT_DONE = 0
 EXIT_UNEXPECTED = 1
 EXIT_STOPPED = 75  # BSD's EX_TEMPFAIL: nothing is wrong, start me again
@@ -31,6 +33,10 @@ class TrainerError(Exception):
     def line(self) -> str:
         """The one line a user reads: kind, what is wrong, and the mend."""
         return f"{self.kind}: {' '.join(str(self).split())}"
+
+    def told(self) -> dict[str, str]:
+        """What another process needs to raise it, too; see `error_of`."""
+        return {"kind": self.kind, "what": self.what, "mend": self.mend}
 
 
 class ConfigError(TrainerError):
@@ -80,3 +86,9 @@ class DivergenceError(TrainerError):
     exit_code = 6
     kind = "diverged"
     shared = True  # the ranks agree on every loss
+
+
+def error_of(told: Mapping[str, str]) -> TrainerError:
+    """The error that another process told."""
+    kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
+    return kinds[told["kind"]](told["what"], told["mend"])

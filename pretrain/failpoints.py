@@ -43,6 +43,7 @@ FAILPOINTS: dict[str, str] = {
     "prune.local_before": "an old local checkpoint is about to be removed",
     "cache.after_write": "a shard's tokens are written under a temporary name",
     "cache.after_rename": "a shard's tokens have their name, and no record vouches for them",
+    "prepare.after_journal": "shards are made of raw text, and the journal names them (beside training: rank 0)",
 }
 
 

@@ -190,12 +190,11 @@ def windows_at(batches: Batches, position: Position) -> list[Window]:
     windows_before(batches, position)  # is it one of this data?
     found = []
     for row, (name, source, before) in enumerate(batches.origins(position)):
-        number, taken = divmod(before, source.windows_per_epoch)
-        epoch = source._epoch(number)
+        epoch, taken = source.located(before)
         index = epoch.window(taken)
         begin = index * source.seq_len
         parts = _parts(source, epoch.order, epoch.starts, begin, begin + source.seq_len + 1)
-        found.append(Window(row, number, index, tuple(parts), name))
+        found.append(Window(row, epoch.number, index, tuple(parts), name))
     return found
 
 

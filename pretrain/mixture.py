@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from pretrain.batches import Batches, Position
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import ShardError
 from pretrain.manifest import MANIFEST_NAME, DataManifest
-from pretrain.raw_source import prepared
-from pretrain.shard_feed import ShardFeed
-from pretrain.shards import Shard, ShardSet
+from pretrain.raw_shards import open_made
+from pretrain.raw_source import check_prepared, prepared
+from pretrain.shard_feed import GrowingFeed, ShardFeed
+from pretrain.shards import Shard, ShardSet, open_shards
+from pretrain.storage import open_store
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,37 @@ def position_from(tree: Mapping[str, Any]) -> Position:
     return MixturePosition(**{**tree, "sources": tuple(Position(**each) for each in tree["sources"])})
 
 
-def alone(data: DataConfig) -> list[tuple[str, DataConfig]]:
-    """Each source as the settings of a run that has no other, by name in order; without a mixture, the one under ''.
-    Of raw text, the shards that are made of it."""
+def as_given(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    """Each source as the settings of a run that has no other, by name in order; without a mixture, the one under ''."""
     if not data.sources:
-        return [("", prepared(data))]
+        return [("", data)]
     ordered = sorted(data.sources, key=lambda each: each.title)
-    return [(each.title, prepared(replace(data, source=each.source, sources=()))) for each in ordered]
+    return [(each.title, replace(data, source=each.source, sources=())) for each in ordered]
+
+
+def alone(data: DataConfig) -> list[tuple[str, DataConfig]]:
+    """As `as_given`; of raw text, the shards that are made of it."""
+    return [(name, prepared(one)) for name, one in as_given(data)]
+
+
+def open_for_a_look(
+    data: DataConfig, storage: StorageConfig, *, vocab_size: int, may_be_larger: bool
+) -> dict[str, ShardSet]:
+    """The shards of each source by its name, beside a training or after it; of raw text those that are made.
+
+    Args:
+        vocab_size, may_be_larger: as of `open_shards`.
+
+    Raises:
+        ShardError: there are none, or raw text is not prepared; where it is prepared ahead, by who asks for more of it
+            than there is.
+    """
+    if data.prepares_ahead:
+        return {name: open_made(one, vocab_size=vocab_size, is_in_work=False) for name, one in as_given(data)}
+    for _, one in as_given(data):
+        check_prepared(one)
+    how: dict[str, Any] = {"vocab_size": vocab_size, "may_be_larger": may_be_larger}
+    return {name: open_shards(open_store(one.source, storage), one, **how) for name, one in alone(data)}
 
 
 def shares(weights: Mapping[str, float]) -> dict[str, Fraction]:
@@ -99,7 +125,8 @@ class Mixture(Batches):
     Args:
         sources: (name, its shards sorted by name), in the order of the names.
         weights: of each name.
-        seq_len, global_size, seed, shuffle_shards, prefetch_shards: as of Batches; each source has the same seed.
+        seq_len, global_size, seed, shuffle_shards, prefetch_shards, in_order: as of Batches; each source has the same
+            seed.
         feeds: what brings the shards of a name, where they are not here yet.
 
     Raises:
@@ -117,13 +144,16 @@ class Mixture(Batches):
         shuffle_shards: int = 1,
         feeds: Mapping[str, ShardFeed] | None = None,
         prefetch_shards: int = 0,
+        in_order: bool = False,
     ) -> None:
         self.seq_len, self.global_size, self.seed, self.shuffle_shards = seq_len, global_size, seed, shuffle_shards
+        self.in_order = in_order
         self.names = tuple(name for name, _ in sources)
-        how: dict[str, int] = {"seq_len": seq_len, "global_size": 1, "seed": seed}
+        how: dict[str, Any] = {"seq_len": seq_len, "global_size": 1, "seed": seed, "in_order": in_order}
         how |= {"shuffle_shards": shuffle_shards, "prefetch_shards": prefetch_shards}
         for name, shards in sources:
-            if (n_tokens := sum(shard.n_tokens for shard in shards)) <= seq_len:
+            is_growing = isinstance((feeds or {}).get(name), GrowingFeed)
+            if (n_tokens := sum(shard.n_tokens for shard in shards)) <= seq_len and not is_growing:
                 raise ShardError(
                     f"source {name} of the mixture has {n_tokens} tokens, no window of model.seq_len {seq_len}",
                     f"Give it at least {seq_len + 1}, or leave it out",
@@ -131,10 +161,22 @@ class Mixture(Batches):
         self.sources = tuple(Batches(shards, **how, feed=(feeds or {}).get(name)) for name, shards in sources)
         self.feeds = tuple(feed for source in self.sources for feed in source.feeds)
         self.shares = [shares(weights)[name] for name in self.names]
-        self.shards = tuple(shard for source in self.sources for shard in source.shards)
-        self.n_tokens = sum(source.n_tokens for source in self.sources)
-        self.windows_per_epoch = sum(source.windows_per_epoch for source in self.sources)
         self._schedule = Schedule(self.shares)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of all sources; so far, where they are still being made."""
+        return tuple(shard for source in self.sources for shard in source.shards)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Windows of all `shards`."""
+        return sum(source.windows_per_epoch for source in self.sources)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether `shards` are all that there will be."""
+        return all(source.is_complete for source in self.sources)
 
     def windows_of(self, position: Position) -> dict[str, int]:
         """Windows taken of each source since the run began. Raises ValueError where there is no such position."""
@@ -142,11 +184,17 @@ class Mixture(Batches):
 
     def outlook(self, steps: int) -> list[str]:
         """A line on each source: its share, and how often a run of so many steps will have seen it."""
-        return [
-            f"source {name}: {float(share):.2%} of the windows, {source.windows_per_epoch:,} of its own, so about "
-            f"{float(share) * steps * self.global_size / source.windows_per_epoch:.2f} epochs by step {steps:,}"
-            for name, share, source in zip(self.names, self.shares, self.sources, strict=True)
-        ]
+        lines = []
+        for name, share, source in zip(self.names, self.shares, self.sources, strict=True):
+            windows = float(share) * steps * self.global_size
+            line = f"source {name}: {float(share):.2%} of the windows, "
+            if source.is_complete:
+                epochs = windows / source.windows_per_epoch
+                line += f"{source.windows_per_epoch:,} of its own, so about {epochs:.2f} epochs by step {steps:,}"
+            else:
+                line += f"about {windows:,.0f} by step {steps:,}; how many it has is not known yet"
+            lines.append(line)
+        return lines
 
     def files_processed(self, position: Position) -> int:
         """Shards of all sources taken to the end since the run began."""
@@ -212,8 +260,9 @@ def lay_out(data: DataConfig, shards: Mapping[str, ShardSet], *, seq_len: int, g
     Raises:
         ShardError: too few tokens.
     """
-    how = {"seq_len": seq_len, "global_size": global_size, "seed": seed, "shuffle_shards": data.shuffle_shards}
-    how["prefetch_shards"] = data.prefetch_shards
+    how: dict[str, Any] = {"seq_len": seq_len, "global_size": global_size, "seed": seed}
+    how |= {"shuffle_shards": data.shuffle_shards, "prefetch_shards": data.prefetch_shards}
+    how["in_order"] = data.prepares_ahead
     if not data.sources:
         return Batches(shards[""].shards, **how, feed=shards[""].feed)
     feeds = {name: each.feed for name, each in shards.items() if each.feed}

@@ -24,15 +24,24 @@ from pretrain.documents import Reading, TxtDocuments
 from pretrain.encoders import open_encoder
 from pretrain.encoding_pool import LocalPool, Pool, RayPool, Take, Work
 from pretrain.errors import ConfigError
+from pretrain.failpoints import failpoint
 from pretrain.files import crc32c_of_file, make_writable, new_file
 from pretrain.manifest import TOKENIZER_NAME
 from pretrain.parts import Part, find_part, remove_part, token_dtype
 from pretrain.raw_files import RawFile, Unit, cut_units, list_inputs
-from pretrain.recipes import Product, finished, publish
+from pretrain.recipes import TOKENIZER, Product, create, finished, publish
 from pretrain.shard_writer import Cutting, ShardWriter
 from pretrain.storage import LocalStore, ObjectStore, open_store
 from pretrain.tokenizer_choice import TokenizerChoice
-from pretrain.work_folder import SCRATCH, claim_both, remove_leftovers, sole_use, with_checksums, work_folder
+from pretrain.work_folder import (
+    OPEN_SHARDS,
+    SCRATCH,
+    claim_both,
+    remove_leftovers,
+    sole_use,
+    with_checksums,
+    work_folder,
+)
 
 FORMAT = 1  # of the recipe: a change of what the same options write is another number
 UNITS_AHEAD = 2  # for each worker: parts that wait on disk for their turn
@@ -42,6 +51,9 @@ Say = Callable[[str], None]
 
 class Watcher:
     """Is told how far it is; overridden by who shows it."""
+
+    def claimed(self) -> None:
+        """The output has its recipe and its tokenizer; shards follow."""
 
     def begin(self, title: str, n_bytes: int) -> None:
         """`title` begins; it goes through `n_bytes` of input, 0: unknown."""
@@ -155,6 +167,8 @@ def prepare(options: Preparation, say: Say, watcher: Watcher | None = None) -> d
             say(f"complete in {store.url}, nothing to do")
         else:
             product = _tokenizer(options, choice, units, work, say, watcher)
+            create(store, TOKENIZER, product.tokenizer_json)
+            watcher.claimed()
             writer = _encode_all(options, units, product, choice.library, work, store, say, watcher)
             metadata = publish(store, recipe, product, writer)
         shutil.rmtree(work)
@@ -174,7 +188,7 @@ def _encode_all(
     """Encode every unit that is left, and cut shards in the units' order."""
     parts = work / "parts"
     cutting = Cutting(product.vocab_size, product.eot_id, **options.cutting_fields)
-    writer = ShardWriter(work / "open", store, cutting, token_dtype(product.vocab_size))
+    writer = ShardWriter(work / OPEN_SHARDS, store, cutting, token_dtype(product.vocab_size))
     _remove_parts(parts, writer.next_unit)
     n_done = sum(unit.n_bytes for unit in units[: writer.next_unit])
     if writer.next_unit:
@@ -194,6 +208,7 @@ def _encode_all(
             n_done += unit.n_bytes
             show()
             if past:
+                failpoint("prepare.after_journal")
                 for index in taken:
                     remove_part(parts, index)
                 taken.clear()

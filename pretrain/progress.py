@@ -43,6 +43,8 @@ class DataOrder:
         fingerprint: of the shards' names and contents.
         seed, seq_len, shuffle_shards: of the config.
         sources: of a mixture, in the order of their names.
+        raw_ahead: whether the first epoch takes the shards in their own order, as raw text is prepared; the fingerprint
+            is then of what they are made from.
     """
 
     fingerprint: str
@@ -50,15 +52,18 @@ class DataOrder:
     seq_len: int
     shuffle_shards: int
     sources: tuple[SourceOrder, ...] = ()
+    raw_ahead: bool = False
 
     @classmethod
     def of(cls, data: DataConfig, shards: Mapping[str, ShardSet], seed: int, seq_len: int) -> DataOrder:
         """Of what was found under each name of `mixture.alone`."""
+        how: dict[str, Any] = {"seed": seed, "seq_len": seq_len, "shuffle_shards": data.shuffle_shards}
+        how["raw_ahead"] = data.prepares_ahead
         if not data.sources:
-            return cls(shards[""].fingerprint, seed, seq_len, data.shuffle_shards)
+            return cls(shards[""].fingerprint, **how)
         parts = shares({each.title: each.weight for each in data.sources})
         sources = tuple(SourceOrder(name, str(parts[name]), each.fingerprint) for name, each in shards.items())
-        return cls(digest([astuple(each) for each in sources]), seed, seq_len, data.shuffle_shards, sources)
+        return cls(digest([astuple(each) for each in sources]), **how, sources=sources)
 
     def check(self, saved: Mapping[str, Any], checkpoint: str) -> None:
         """Compare with the order that a checkpoint was trained in.
@@ -66,10 +71,11 @@ class DataOrder:
         Raises:
             CheckpointError: naming what differs.
         """
+        before = {"raw_ahead": False, **saved}  # a version that didn't know it
         differing = [
-            f"{each.name} was {saved.get(each.name)} and is {getattr(self, each.name)}"
+            f"{each.name} was {before.get(each.name)} and is {getattr(self, each.name)}"
             for each in fields(self)
-            if each.name not in self._told_by_sources(saved) and saved.get(each.name) != getattr(self, each.name)
+            if each.name not in self._told_by_sources(saved) and before.get(each.name) != getattr(self, each.name)
         ]
         differing += self._differing_sources(saved)
         if differing:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.communication import BACKGROUND_TIMEOUT, collective_timeout, settle
-from pretrain.errors import ConfigError, TrainerError
+from pretrain.errors import ConfigError, TrainerError, error_of
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -91,7 +91,7 @@ class Ranks:
             try:
                 message = {"decision": decide()}
             except TrainerError as error:
-                message = {"kind": error.kind, "what": error.what, "mend": error.mend}
+                message = error.told()
         answer = self.from_first(message)
         if "decision" not in answer:
             raise _shared_error(answer)
@@ -105,15 +105,14 @@ class Ranks:
         try:
             yield
         except TrainerError as error:
-            message = {"kind": error.kind, "what": error.what, "mend": error.mend}
+            message = error.told()
         if failed := next((answer for answer in self.exchange(message) if answer), None):
             raise _shared_error(failed)
 
 
 def _shared_error(message: Mapping[str, Any]) -> TrainerError:
-    """The error of another rank, by its kind, what and mend."""
-    kinds = {kind.kind: kind for kind in TrainerError.__subclasses__()}
-    shared = kinds[message["kind"]](message["what"], message["mend"])
+    """The error of another rank."""
+    shared = error_of(message)
     shared.shared = True
     return shared
 

@@ -1,6 +1,6 @@
 """What an output of shards says of itself: the recipe that claims it, and the manifests and metadata that complete it.
 
-    recipe.json              what was asked for; created before anything else
+    recipe.json              what was asked for; created before anything else, and the tokenizer.json after it
     shards/*.npz, val/*.npz  with manifest.json beside them, tokenizer.json beside the first
     metadata.json            the recipe and what came of it; created last: with it the output is complete
 
@@ -23,6 +23,7 @@ from pretrain.storage import ObjectExists, ObjectStore
 from pretrain.tokenizers import UNKNOWN
 
 RECIPE_NAME, METADATA_NAME = "recipe.json", "metadata.json"
+TOKENIZER = f"{SPLITS[0]}/{TOKENIZER_NAME}"
 MAX_BYTES = 1 << 30  # a million inputs
 
 
@@ -44,7 +45,7 @@ def claim(store: ObjectStore, recipe: dict[str, Any]) -> None:
             f"{store.url} was begun with other options or input: {'; '.join(differing[:5])}",
             "Give the same, or an empty --output_dir",
         )
-    _create(store, RECIPE_NAME, text)
+    create(store, RECIPE_NAME, text)
 
 
 def differences(there: dict[str, Any], recipe: dict[str, Any]) -> list[str]:
@@ -112,7 +113,7 @@ class Product:
 
 
 def publish(store: ObjectStore, recipe: dict[str, Any], product: Product, writer: ShardWriter) -> dict[str, Any]:
-    """Write tokenizer, manifests and metadata.json beside the shards; the content of the last.
+    """Write manifests and metadata.json beside the shards; the content of the last.
 
     Raises:
         ShardError: no document is left to train on.
@@ -127,11 +128,10 @@ def publish(store: ObjectStore, recipe: dict[str, Any], product: Product, writer
     _check_sizes(store, {split: [asdict(entry) for entry in shards] for split, shards in entries.items()})
     train, val = (writer.token_counts(split) for split in SPLITS)
     entropy = unigram_entropy(train, val) if val.any() else None
-    _create(store, f"{SPLITS[0]}/{TOKENIZER_NAME}", product.tokenizer_json)
     for split, shards in entries.items():
         if shards:
             manifest = DataManifest(product.title, product.vocab_size, product.eot_id, shards, entropy)
-            _create(store, f"{split}/{MANIFEST_NAME}", manifest.to_json())
+            create(store, f"{split}/{MANIFEST_NAME}", manifest.to_json())
     vocab = json.loads(product.tokenizer_json)["model"].get("vocab", {})
     unknown = vocab.get(UNKNOWN) if isinstance(vocab, dict) else None
     result = {
@@ -152,7 +152,7 @@ def publish(store: ObjectStore, recipe: dict[str, Any], product: Product, writer
         },
     }
     metadata = {**recipe, "result": result}
-    _create(store, METADATA_NAME, as_json(metadata))
+    create(store, METADATA_NAME, as_json(metadata))
     return metadata
 
 
@@ -192,7 +192,8 @@ def documents_accounted(result: dict[str, Any], splits: Sequence[str] = SPLITS) 
     return int(written + sum(result["skipped"].values()))
 
 
-def _create(store: ObjectStore, name: str, text: str) -> None:
+def create(store: ObjectStore, name: str, text: str) -> None:
+    """Create an object, or find it there as it should be. Raises StorageError where it is another."""
     try:
         store.create(name, text.encode())
     except ObjectExists as error:

@@ -37,6 +37,7 @@ from pretrain.stopping import StopRequest
 from pretrain.telemetry import Telemetry
 
 LOOK_EVERY_S = 0.5  # while a batch is waited for: for a signal, and whether data arrives
+WAIT_SAID_AFTER_S = 1.0
 
 logger = log.get(__name__)
 
@@ -59,6 +60,7 @@ class Run:
         peak_flops: of one rank's device, FLOP/s.
         about: what is constant in a run, for metadata.json.
         stopped: whether a signal ended the loop.
+        starved: whether the loop ended because raw text could not be prepared any further; see `check_data`.
         spent: which budget ended the loop, in words, or ''.
         timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
         unrecorded_steps, unrecorded_seconds: since the last record.
@@ -80,6 +82,7 @@ class Run:
     total_steps: int
     prediction: Prediction | None = None
     stopped: bool = False
+    starved: bool = False
     spent: str = ""
     timed_steps: int = 0
     timed_seconds: float = 0.0
@@ -117,7 +120,8 @@ class Run:
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
     def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
-        """Begin a step: wait until every rank has its batch, or one is asked to stop (`stopped`).
+        """Begin a step: wait until every rank has its batch, or one is asked to stop (`stopped`), or no more raw text
+        can be prepared on a node (`starved`).
 
         A wait while data arrives, on whatever rank, is no hang. Every rank must call it.
 
@@ -125,18 +129,29 @@ class Run:
             seconds that a rank without its batch had the others wait.
         """
         self.telemetry.begin_step(self.progress.step + 1)
-        started, arrived, waits = time.perf_counter(), self.corpus.batches.arrived, True
+        started, arrived, waits = time.perf_counter(), self.corpus.arrived, True
         waited_s = 0.0
         with self.phase("data_wait"):
-            while waits and not self.stopped:
+            while waits and not self.stopped and not self.starved:
                 is_ready = stream.ready(LOOK_EVERY_S if waited_s else 0.0)
-                arrives, arrived = self.corpus.batches.arrived != arrived, self.corpus.batches.arrived
-                self.stopped, waits, arrives = self.ranks.any_of(bool(stop), not is_ready, arrives)
+                arrives, arrived = self.corpus.arrived != arrived, self.corpus.arrived
+                flags = bool(stop), bool(self.corpus.failure), not is_ready, arrives
+                self.stopped, fails, waits, arrives = self.ranks.any_of(*flags)
+                self.starved = fails and not self.stopped
                 if waits:
                     waited_s = max(time.perf_counter() - started, 1e-9)
+                if waited_s >= WAIT_SAID_AFTER_S:
+                    self.corpus.tell_wait()
                 if waits and arrives:
                     self.excuse()
         return waited_s and time.perf_counter() - started
+
+    def check_data(self) -> None:
+        """Raise, on every rank, why raw text could not be prepared where the loop ended because of it."""
+        if self.starved:
+            with self.ranks.together():
+                if self.corpus.failure:
+                    raise self.corpus.failure
 
     def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""
@@ -258,7 +273,7 @@ class Run:
         progress, keeper, checkpoint = self.progress, self.keeper, self.config.checkpoint
         speed = self.timed_steps * self.config.tokens_per_step / self.timed_seconds if self.timed_steps else None
         return {
-            "finished": not self.stopped and not self.spent,
+            "finished": not (self.stopped or self.starved or self.spent),
             "steps": progress.step,
             "steps_of_this_process": progress.step - self.first_step,
             "tokens": progress.tokens,
@@ -301,7 +316,7 @@ class Run:
         """(what, command) that a user may want now."""
         page = [("see the whole run, in a browser", str(self.metrics.folder / REPORT_FILE))]
         again = f"the same command with --run {self.config.run.name} --resume auto"
-        ended_early = self.stopped or self.spent
+        ended_early = self.stopped or self.starved or self.spent
         again += ", and a larger budget" if self.spent else ""
         return [
             *(page if self.config.log.report else []),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -248,3 +248,70 @@ class StreamedShard(Shard):
         """The tokens (n_tokens,), mapped read-only; waits until they are here. Raises as `ShardFeed.tokens`."""
         assert self.feed is not None
         return self.feed.tokens(self.index)
+
+
+Look = Callable[[int], tuple[Sequence[tuple[ObjectInfo, Shard]], bool]]
+"""From how many shards are known to those that were made since, and whether no more will come."""
+
+
+class GrowingFeed(ShardFeed):
+    """A feed of shards that are still being made, in the order in which they are.
+
+    Args:
+        cache, workers: as of ShardFeed.
+        look: for shards that were made since; what it raises is raised to who asks for more.
+        shard_bytes: of the tokens of one, about.
+        on_close: called when nobody reads from here any more.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        workers: int,
+        look: Look,
+        shard_bytes: int = 0,
+        on_close: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(cache, (), workers)
+        self._look, self._shard_bytes, self._on_close = look, shard_bytes, on_close
+        self._made: tuple[tuple[Shard, ...], bool] = ((), False)
+        self._looking = threading.Lock()
+
+    def made(self) -> tuple[tuple[Shard, ...], bool]:
+        """All shards that are made by now, and whether there will be no others. Raises what the look does."""
+        with self._looking:
+            shards, is_all = self._made
+            if not is_all:
+                found, is_all = self._look(len(shards))
+                with self._changed:
+                    self._objects += tuple(info for info, _ in found)
+                    self.arrived += len(found)
+                numbered = enumerate((shard for _, shard in found), len(shards))
+                shards += tuple(StreamedShard(**vars(shard), feed=self, index=index) for index, shard in numbered)
+                self._made = (shards, is_all)
+        return self._made
+
+    def await_more(self, n_shards: int) -> None:
+        """Wait until there are more shards than so many, or there will be no others.
+
+        Raises:
+            ShardError, StorageError: what the look raised, or a shard that was fetched ahead came to.
+            FeedClosed: the feed was closed meanwhile.
+        """
+        while True:
+            shards, is_all = self.made()
+            if is_all or len(shards) > n_shards:
+                return
+            with self._changed:
+                self._check()
+                self._changed.wait(POLL_S)
+
+    def room_bytes(self, n_shards: int) -> int:
+        """See ShardFeed; those that are not made yet count, too."""
+        return n_shards * self._shard_bytes
+
+    def close(self) -> None:
+        """See ShardFeed; nothing more is made then, either."""
+        super().close()
+        if self._on_close:
+            self._on_close()

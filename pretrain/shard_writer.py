@@ -60,6 +60,23 @@ class _Open:
     shards: list[dict[str, Any]] = field(default_factory=list)
 
 
+def closed_shards(folder: Path, split: str) -> tuple[ShardEntry, ...]:
+    """The closed shards of a split, in their order, as the journal in the `folder` of a ShardWriter names them; also of
+    another process. None where there is no journal.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+    path = folder / JOURNAL_NAME
+    try:
+        tree = json.loads(path.read_bytes())
+        return tuple(ShardEntry(**entry) for entry in tree["open"][split]["shards"])
+    except FileNotFoundError:
+        return ()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{path} can't be read: {error}", f"Delete {folder.parent}") from error
+
+
 class ShardWriter:
     """Writes the shards of one output. `next_unit` is the first unit that it has not taken.
 
@@ -83,6 +100,7 @@ class ShardWriter:
         self._counts = np.zeros((len(SPLITS), cutting.vocab_size), np.int64)
         self._seen: set[bytes] = set()
         self._journal_s = time.monotonic()
+        self._has_closed = False  # a shard that the journal does not name yet
         folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -111,7 +129,7 @@ class ShardWriter:
             self.skipped[reason] = self.skipped.get(reason, 0) + n
         self.shown = [*self.shown, *part.shown][:100]
         self.next_unit = part.unit + 1
-        if time.monotonic() - self._journal_s >= JOURNAL_EVERY_S:
+        if self._has_closed or time.monotonic() - self._journal_s >= JOURNAL_EVERY_S:
             self._write_journal()
             return True
         return False
@@ -194,6 +212,7 @@ class ShardWriter:
         shard.total_documents += shard.documents
         shard.total_text_bytes += shard.text_bytes
         shard.tokens = shard.documents = shard.weight = shard.text_bytes = 0
+        self._has_closed = True
 
     def _send(self, path: Path, name: str) -> None:
         try:
@@ -237,7 +256,7 @@ class ShardWriter:
         with new_file(self._folder / JOURNAL_NAME) as file:
             file.write(json.dumps(tree).encode())
         self._remove_outdated()
-        self._journal_s = time.monotonic()
+        self._journal_s, self._has_closed = time.monotonic(), False
 
     def _remove_outdated(self) -> None:
         """Remove all that the journal does not name: what is appended to must not be there from before a kill."""

@@ -54,6 +54,8 @@ class ShardSet:
     """The manifest beside the shards, where there is one."""
     feed: ShardFeed | None = field(default=None, compare=False)
     """What brings them; None where all of them are here."""
+    recipe: str = ""
+    """Hash of what decides them, where they are still being made; the feed knows those that are."""
 
     @property
     def n_tokens(self) -> int:
@@ -61,8 +63,9 @@ class ShardSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, token counts and files: equal on every rank, and after a resume, or the batches differ."""
-        return digest([(shard.name, shard.n_tokens, shard.source_crc32c) for shard in self.shards])
+        """Hash of names, token counts and files, or of their recipe: equal on every rank, and after a resume, or the
+        batches differ."""
+        return self.recipe or digest([(shard.name, shard.n_tokens, shard.source_crc32c) for shard in self.shards])
 
 
 def fetch_shards(

@@ -21,7 +21,7 @@ from pretrain.shard_writer import SPLITS
 from pretrain.storage import LocalStore, ObjectStore
 
 WORK_FOLDER = ".prepare"
-SCRATCH = "scratch"  # in it
+SCRATCH, OPEN_SHARDS = "scratch", "open"  # in it
 CHECKSUM_THREADS = 4
 
 

@@ -7,7 +7,8 @@
 Options that are not listed below are settings of train.py (--data, --batch.global_size, --seed, …); a step is found by
 the same ones that trained it. With --run they come from the newest checkpoint of that run, which also knows the
 roll-backs: these pass over data, and then a step's place does not follow from its number. --step fetches the shards of
-that step into the cache, as train.py does; --stats reads one after the other and keeps none.
+that step into the cache, as train.py does; --stats reads one after the other and keeps none. Of raw text both look at
+the shards that train.py has made of it, and make none.
 
 Exit codes: 0 done, 2 wrong settings, 3 bad or missing shards, 4 storage, 5 a checkpoint that does not tell.
 """
@@ -36,8 +37,9 @@ from pretrain.data_views import StepView, print_stats, token_text
 from pretrain.errors import EXIT_DONE, CheckpointError, ConfigError, ShardError, TrainerError
 from pretrain.lookup import Saved, local_copy, planned, recorded, windows_at
 from pretrain.manifest import TOKENIZER_NAME, DataManifest
-from pretrain.mixture import alone, lay_out
-from pretrain.shards import ShardSet, missing_shards, open_shards, read_manifest, select_shards
+from pretrain.mixture import alone, as_given, lay_out, open_for_a_look
+from pretrain.raw_source import check_prepared
+from pretrain.shards import ShardSet, missing_shards, read_manifest, select_shards
 from pretrain.storage import ObjectStore, open_store
 from pretrain.tokenizers import load_tokenizer
 
@@ -181,11 +183,8 @@ def show_step(
 ) -> int:
     """Shards, windows and documents of one step; the exit code."""
     config = subject.config
-    vocab_size, may_be_larger = config.model.vocab_size, bool(config.model.init_from)
-    shards = {
-        name: open_shards(places[name], one, vocab_size=vocab_size, may_be_larger=may_be_larger)
-        for name, one in alone(config.data)
-    }
+    how: dict[str, Any] = {"vocab_size": config.model.vocab_size, "may_be_larger": bool(config.model.init_from)}
+    shards = open_for_a_look(config.data, config.storage, **how)
     for shard in (shard for each in shards.values() for shard in each.skipped):
         console.print(f"left out, as data.on_bad_shard says: {shard}")
     order = {"seq_len": config.model.seq_len, "global_size": config.batch.global_size, "seed": config.run.seed}
@@ -262,7 +261,9 @@ def gather(config: Config, store: ObjectStore) -> DataStats:
         ShardError: there is none.
         StorageError: the store can't be read.
     """
-    listed, [(_, data)] = store.list(), alone(config.data)
+    [(_, given)], [(_, data)] = as_given(config.data), alone(config.data)
+    check_prepared(given)
+    listed = store.list()
     objects = select_shards(listed, data.pattern, data.max_files, store.url)
     manifest: DataManifest | None = read_manifest(store, listed)
     entries = {entry.name: entry for entry in manifest.shards} if manifest else {}

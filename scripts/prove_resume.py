@@ -36,7 +36,7 @@ from pretrain.config import Config
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.files import make_writable
 from pretrain.listings import print_fields, print_table
-from pretrain.mixture import alone, lay_out
+from pretrain.mixture import lay_out, open_for_a_look
 from pretrain.proof import (
     MADE_EPOCHS,
     differing_records,
@@ -48,8 +48,6 @@ from pretrain.proof import (
     small_schedule,
     windows_off,
 )
-from pretrain.shards import open_shards
-from pretrain.storage import open_store
 from pretrain.trial import Record, Trial, random_moments
 
 MADE_HERE = "made-here"
@@ -277,10 +275,7 @@ def tell(
 def batches_of(config: Config) -> Batches:
     """The data order of both runs, from the cache that they filled."""
     size, may_be_larger = config.model.vocab_size, bool(config.model.init_from)
-    shards = {
-        name: open_shards(open_store(one.source, config.storage), one, vocab_size=size, may_be_larger=may_be_larger)
-        for name, one in alone(config.data)
-    }
+    shards = open_for_a_look(config.data, config.storage, vocab_size=size, may_be_larger=may_be_larger)
     how = {"seq_len": config.model.seq_len, "global_size": config.batch.global_size, "seed": config.run.seed}
     return lay_out(config.data, shards, **how)
 

@@ -32,6 +32,7 @@ PREPARATION = {
     "work_folder",
     "preparation",
     "raw_source",
+    "raw_shards",
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
@@ -47,6 +48,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "shard_feed",
             "shards",
             "read_ahead",
+            "epochs",
             "batches",
             "mixture",
             "data_stats",
@@ -137,6 +139,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "processes",
             "progress",
             "proof",
+            "raw_worker",
             "rendezvous",
             "report_page",
             "report_series",
@@ -168,7 +171,8 @@ ONLY: dict[str, set[str]] = {
     "gpus": set(),
     "log": set(),
     "files": set(),
-    "batches": {"read_ahead", "shard_feed", "shards"},
+    "batches": {"epochs", "read_ahead", "shard_feed", "shards"},
+    "epochs": set(),
     "read_ahead": set(),
     "room": {"files"},
     "optim": set(),

@@ -171,6 +171,7 @@ def test_negative_sizes_are_refused(fields):
         ("data", "max_files", -1),
         ("data", "shuffle_shards", 0),
         ("data", "download_workers", 0),
+        ("data", "raw_shard_tokens", 0),
         ("batch", "micro_size", -1),
         ("optim", "min_lr_ratio", 1.5),
         ("optim", "warmup_steps", -1),
@@ -243,3 +244,11 @@ def test_causal_mfu_counts_half_of_the_attention():
     model = ModelConfig(size="1.2B").resolve()
     attention = 12.0 * model.n_layer * model.n_head * model.head_dim * model.seq_len
     assert model.flops_per_token - model.causal_flops_per_token == attention / 2
+
+
+def test_raw_text_that_is_prepared_ahead_needs_a_number_of_steps():
+    raw = {"source": "c4", "tokenizer": "tokenizer.json"}
+    (problem,) = validate(make(data=DataConfig(**raw), train=TrainConfig()), world_size=1)
+    assert "give --max-tokens or --max-steps" in problem and "--data.raw_ahead false" in problem
+    for data, train in ((raw, {"max_steps": 9}), (raw, {"max_tokens": 9}), ({**raw, "raw_ahead": False}, {})):
+        assert validate(make(data=DataConfig(**data), train=TrainConfig(**train)), world_size=1) == []

@@ -164,3 +164,11 @@ def test_every_step_and_rank_has_a_seed_of_its_own_that_torch_takes():
     assert len(set(seeds)) == len(seeds)
     for seed in (min(seeds), max(seeds)):
         torch.manual_seed(seed)
+
+
+def test_an_order_of_text_prepared_ahead_is_another_and_an_older_version_knew_none():
+    saved = asdict(ORDER)
+    del saved["raw_ahead"]
+    ORDER.check(saved, "x")
+    with pytest.raises(CheckpointError, match="raw_ahead was False and is True"):
+        replace(ORDER, raw_ahead=True).check(saved, "x")
