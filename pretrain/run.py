@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from pretrain import budget, log
+from pretrain import budget, garbage, log
 from pretrain.batches import Position
 from pretrain.budget import Prediction
 from pretrain.config import Config
@@ -33,6 +33,7 @@ from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 from pretrain.read_ahead import ReadAhead
 from pretrain.report_page import REPORT_FILE, ReportSink
+from pretrain.startup import START
 from pretrain.stopping import StopRequest
 from pretrain.telemetry import Telemetry
 
@@ -136,12 +137,16 @@ class Run:
                     waited_s = max(time.perf_counter() - started, 1e-9)
                 if waits and arrives:
                     self.excuse()
+        START.ended("first batch")
         return waited_s and time.perf_counter() - started
 
     def advance(self, progress: Progress, step_s: float) -> None:
         """Take over the progress after a step of so many seconds."""
         self.beat(progress.step)
         self.progress = progress
+        if START.finish("first step"):
+            logger.info("start-up: %s", START)
+        garbage.collect_after(progress.step - self.first_step)
         self.unrecorded_steps += 1
         self.unrecorded_seconds += step_s
         if progress.step > self.first_step + 1:
@@ -278,6 +283,7 @@ class Run:
             "tokens_per_second": speed,
             **(self.mfu(speed) if speed else {"mfu": None, "mfu_causal": None}),
             "step_seconds": progress.seconds,
+            "startup_seconds": START.rounded,
             "ledger": self.ledger(),
             **self.about,
             "checkpoints_committed": len(keeper.committed),
