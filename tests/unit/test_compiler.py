@@ -33,7 +33,7 @@ def own_cache(monkeypatch, tmp_path):
 
 def test_the_mode_reaches_the_compiler_and_what_it_makes_is_kept(tmp_path):
     module = Module()
-    compiler.compile_model(module, CPU, ONE_RANK, "reduce-overhead")
+    compiler.compile_model(module, CUDA, ONE_RANK, "reduce-overhead")
     assert module.how == {"mode": "reduce-overhead"}
     assert os.environ[compiler.CACHE_VARIABLE] == str(tmp_path / "torch_inductor")
     assert (tmp_path / "torch_inductor").is_dir()
