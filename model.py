@@ -185,8 +185,7 @@ class Block(nn.Module):
         return out
 
 
-EXPENSIVE = (
-    # what selective activation checkpointing keeps: the matrix products and attention
+EXPENSIVE = (  # what selective activation checkpointing keeps: the matrix products and attention
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -254,9 +253,10 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw every parameter, in the order of the module."""
+        """Draw every parameter, in the order of the module; on the meta device none, where torch would import a lot."""
         for name, parameter in self.named_parameters():
-            draw(parameter, name, self.config)
+            if not parameter.is_meta:
+                draw(parameter, name, self.config)
 
     @property
     def head_weight(self) -> Tensor:

@@ -25,7 +25,10 @@ from pretrain.arguments import ROOT, Invocation, parse, to_yaml, world_size_from
 from pretrain.config import Config
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, ConfigError, TrainerError
 from pretrain.failpoints import failpoint
+from pretrain.garbage import held
+from pretrain.processes import LAUNCHER_PID
 from pretrain.reports import end_at_once, explain, memory_advice, report
+from pretrain.startup import START
 from pretrain.versions import check_versions
 
 if TYPE_CHECKING:
@@ -47,10 +50,12 @@ if TYPE_CHECKING:
 logger = log.get(__name__)
 
 
+@held()
 def main(argv: list[str]) -> int:
     """Run train.py and return its exit code; an expected error is one line, not a traceback."""
     # Idle OpenMP threads sleep instead of spinning: they share the cores with downloads, uploads and other ranks.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    START.begin(os.environ.get(LAUNCHER_PID, ""))
     try:
         invocation = parse(argv, world_size_from_env())
         if invocation.print_config:
@@ -58,6 +63,7 @@ def main(argv: list[str]) -> int:
             return EXIT_DONE
         if invocation.config.log.version_check and (problems := check_versions(ROOT / "requirements.txt")):
             raise ConfigError(problems, "Run bash setup_env.sh, or go on anyway with --no-version-check.")
+        START.ended("settings")
         return train(invocation)
     except TrainerError as error:
         return report(error, "--debug" in argv)
@@ -78,6 +84,7 @@ def train(invocation: Invocation) -> int:
 
     end_with_launcher()
     run = build(invocation)
+    START.ended("instruments")
     with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
             run.beat, run.excuse = watchdog.beat, watchdog.excuse
@@ -101,16 +108,21 @@ def build(invocation: Invocation) -> Run:
     from pretrain.progress import Progress
     from pretrain.run import Run
 
+    START.ended("torch")
     config, run_name = invocation.config, invocation.config.run.name
     device, me = meet(config, invocation.debug)
+    START.ended("ranks")
     config = settle_micro_size(config, device, me)
     prediction = check_memory(config, device, me, invocation.force)
     keeper = Keeper(config.checkpoint, config.storage, run_name, me)
     checkpoint = keeper.resume()
+    START.ended("checkpoints")
     corpus = find_corpus(config, me)
+    START.ended("data")
     config = config.with_document_end(corpus.document_end)
     check_sample(config.log.sample_prompt, corpus.tokenizer, config.model, config.log.sample_tokens)
     model = build_model(config, device, me)
+    START.ended("model")
     engine = build_engine(model, config.engine, config.optim, config.batch, config.train.precision, device, me)
     vocab_size = 0 if config.model.init_from else config.model.vocab_size
     history, watch, progress = LossTracker(), Watch(config.train, vocab_size), Progress()
@@ -119,6 +131,7 @@ def build(invocation: Invocation) -> Run:
     else:
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
+    START.ended("engine")
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)
     instruments = open_instruments(config, me, device, total_steps, progress.step, checkpoint)
     parts = (config, me, device, corpus, model, engine, keeper, *instruments, history, watch, progress)
@@ -152,7 +165,7 @@ def build_model(config: Config, device: torch.device, me: Ranks) -> GPT:
     if config.train.precision == "fp8":
         logger.info("%d linear layers multiply in fp8; the head, the first and the last block in bf16", convert(model))
     if config.train.compiles:
-        compile_model(model, device, me)
+        compile_model(model, device, me, config.train.compile_mode)
     return model
 
 
@@ -325,7 +338,4 @@ def close(run: Run) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
-    if exit_code not in (EXIT_DONE, EXIT_STOPPED):
-        end_at_once(exit_code)
-    sys.exit(exit_code)
+    end_at_once(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ The sides of a comparison take turns, each round another is first, and the figur
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import statistics
@@ -24,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,9 @@ from rich.progress import track
 from pretrain.batches import Batches, Position
 from pretrain.checks import Check, publish
 from pretrain.config import DataConfig, StorageConfig
-from pretrain.credentials import EMULATOR_VARIABLE, connect
-from pretrain.errors import StorageError, TrainerError
+from pretrain.credentials import connect
+from pretrain.embedded import embedded_bucket
+from pretrain.errors import TrainerError
 from pretrain.files import sync
 from pretrain.shards import Shard, ShardSet, fetch_shards, open_shards
 from pretrain.storage import LocalStore, open_store
@@ -48,7 +48,7 @@ RATE_GOAL, MEMMAP_GOAL, OPEN_GOAL, RSS_GOAL, DOWNLOAD_GOAL = 20e6, 0.8, 1.0, 500
 VOCAB_SIZE, SEED = 50257, 1234
 SEQ_LEN, GLOBAL_SIZE, STEPS = 2048, 64, 16  # of one side's turn: 2 M tokens
 SHARDS = 8
-BUCKET, BUCKET_PATIENCE_S = "bench", 60.0
+BUCKET = "bench"
 
 
 def make_shards(folder: Path, n_shards: int, tokens_each: int) -> LocalStore:
@@ -170,42 +170,12 @@ def open_epoch(folder: Path) -> None:
 # ---- downloads ----
 
 
-@contextlib.contextmanager
-def embedded_bucket(folder: Path) -> Iterator[None]:
-    """scripts/embedded_bucket.py in a process of its own; the google client speaks to it while the block lasts.
-
-    Raises:
-        StorageError: it does not start.
-    """
-    folder.mkdir()
-    endpoint = folder / "endpoint"
-    command = [sys.executable, str(ROOT / "scripts" / "embedded_bucket.py"), "--root", str(folder), "--bucket", BUCKET]
-    command += ["--endpoint-file", str(endpoint), "--parent-pid", str(os.getpid())]
-    kept = {name: os.environ.get(name) for name in (EMULATOR_VARIABLE, "NO_PROXY", "no_proxy")}
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + BUCKET_PATIENCE_S
-        while not (endpoint.exists() and endpoint.read_text()):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise StorageError("the embedded bucket did not start", "See what it printed above")
-            time.sleep(0.02)
-        os.environ |= {EMULATOR_VARIABLE: endpoint.read_text(), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-        yield
-    finally:
-        process.terminate()
-        process.wait()
-        for name, value in kept.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
 def bench_download(options: argparse.Namespace, folder: Path) -> tuple[list[Check], dict[str, Any]]:
     """The store's downloads against the google client's."""
     source, target = folder / "object", folder / "downloads"
     source.write_bytes(np.random.default_rng(SEED).bytes(int(options.file_mb * 1e6)))
     names = [f"shards/{number:03d}.npz" for number in range(options.files)]
-    with embedded_bucket(folder / "bucket"), ThreadPoolExecutor(DataConfig().download_workers) as pool:
+    with embedded_bucket(folder / "bucket", BUCKET), ThreadPoolExecutor(DataConfig().download_workers) as pool:
         store = open_store(f"gs://{BUCKET}", StorageConfig())
         for name in names:
             store.upload(source, name)

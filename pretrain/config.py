@@ -154,6 +154,9 @@ class TrainConfig:
     bf16 with the products inside the blocks in fp8 (torchao, compute capability 8.9 or more), and always compiled."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
+    """How: reduce-overhead records CUDA graphs, for small models whose kernels are shorter than their launch;
+    max-autotune also tries the matrix kernels out, which takes minutes at the first start."""
     deterministic: bool = False
     """Only deterministic kernels, where torch has them: slower, bit for bit repeatable on a GPU too."""
     eval_interval: int = 0

@@ -24,6 +24,8 @@ def validate(config: Config, world_size: int) -> list[str]:
     problems += _mask_problems(config.data, config.model, config.train)
     problems += _budget_problems(config.train) + _profile_problems(config.log)
     problems += _fp8_problems(config)
+    if config.train.compile_mode != "default" and not config.train.compiles:
+        problems.append(f"train.compile_mode {config.train.compile_mode} means nothing without --compile")
     return problems + _place_problems(config.checkpoint.url) + _same_place_problems(config.checkpoint)
 
 

@@ -120,7 +120,7 @@ def _multiplies_in_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.4) -> float:
+def measure_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.15) -> float:
     """FLOP/s of the best of many square matrix products, with the threads torch has now.
 
     The best and not the mean, for a peak should not depend on what else the machine was doing.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model import KERNELS, plain_attention
 from pretrain.document_mask import DOCUMENT_KERNELS, document_starts
@@ -17,6 +19,15 @@ KERNEL_TITLES = {
     "sdpa": "torch's fused attention",
     "plain": "plain matrices",
 }
+HOPPER = (9, 0)  # compute capability from which cuDNN's kernels beat FlashAttention 2, by what their makers publish
+CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+
+_PREFERENCE = contextlib.ExitStack()  # torch has one order for the process; it stays until another model is built
 
 
 @dataclass(frozen=True)
@@ -52,17 +63,35 @@ def choose_attention(
         ValueError: the requested kernel can't run here, and why; or there is no kernel of that name.
     """
     what = "the document mask by " if masking else ""
+    cudnn_first = prefer_cudnn(device)
     if requested != "auto":
         if obstacle := _obstacle(requested, device, dtype, head_dim, masking):
             raise ValueError(f"attention kernel {requested!r} can't run on {device}: {obstacle}")
         return requested, f"{what}{KERNEL_TITLES[requested]}, as requested"
     passed_over = ""
-    for name in DOCUMENT_KERNELS if masking else KERNELS:
+    for name in _order(DOCUMENT_KERNELS if masking else KERNELS, cudnn_first and not masking):
         obstacle = _obstacle(name, device, dtype, head_dim, masking)
         if not obstacle:
-            return name, f"{what}{KERNEL_TITLES[name]}{passed_over}"
+            first = ", cuDNN's kernel first" if name == "sdpa" and cudnn_first else ""
+            return name, f"{what}{KERNEL_TITLES[name]}{first}{passed_over}"
         passed_over += f"; {KERNEL_TITLES[name]} can't run: {obstacle}"
     raise ValueError(f"no attention kernel runs on {device}{passed_over}")
+
+
+def prefer_cudnn(device: torch.device) -> bool:
+    """Have torch's fused attention try cuDNN's kernel before its others where that is the fastest: on Hopper and newer
+    GPUs. Not with deterministic algorithms, which its backward pass is not. Whether it does now."""
+    _PREFERENCE.close()
+    may = device.type == "cuda" and torch.cuda.is_available() and not torch.are_deterministic_algorithms_enabled()
+    wanted = may and torch.cuda.get_device_capability(device) >= HOPPER
+    if wanted:
+        _PREFERENCE.enter_context(sdpa_kernel(CUDNN_FIRST, set_priority=True))
+    return wanted
+
+
+def _order(kernels: Iterable[str], sdpa_first: bool) -> list[str]:
+    """In which "auto" tries the kernels."""
+    return sorted(kernels, key=lambda name: name != "sdpa") if sdpa_first else list(kernels)
 
 
 def _obstacle(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, masking: Masking | None) -> str:

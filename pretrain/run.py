@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from pretrain import budget, log
+from pretrain import budget, garbage, log
 from pretrain.batches import Position
 from pretrain.budget import Prediction
 from pretrain.config import Config
@@ -33,6 +33,7 @@ from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 from pretrain.read_ahead import ReadAhead
 from pretrain.report_page import REPORT_FILE, ReportSink
+from pretrain.startup import START
 from pretrain.stopping import StopRequest
 from pretrain.telemetry import Telemetry
 
@@ -144,6 +145,7 @@ class Run:
                     self.corpus.tell_wait()
                 if waits and arrives:
                     self.excuse()
+        START.ended("first batch")
         return waited_s and time.perf_counter() - started
 
     def check_data(self) -> None:
@@ -157,6 +159,9 @@ class Run:
         """Take over the progress after a step of so many seconds."""
         self.beat(progress.step)
         self.progress = progress
+        if START.finish("first step"):
+            logger.info("start-up: %s", START)
+        garbage.collect_after(progress.step - self.first_step)
         self.unrecorded_steps += 1
         self.unrecorded_seconds += step_s
         if progress.step > self.first_step + 1:
@@ -293,6 +298,7 @@ class Run:
             "tokens_per_second": speed,
             **(self.mfu(speed) if speed else {"mfu": None, "mfu_causal": None}),
             "step_seconds": progress.seconds,
+            "startup_seconds": START.rounded,
             "ledger": self.ledger(),
             **self.about,
             "checkpoints_committed": len(keeper.committed),

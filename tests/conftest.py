@@ -5,11 +5,13 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.emulators import Emulator, fake_gcs
-from tests.fault_proxy import FaultProxy
+if TYPE_CHECKING:  # imported where they are used: tests/gpu runs where the emulators' packages are not
+    from tests.emulators import Emulator
+    from tests.fault_proxy import FaultProxy
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +26,8 @@ def _no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
     """An emulator that honours generation preconditions, shared by all tests."""
+    from tests.emulators import fake_gcs
+
     root: Path = tmp_path_factory.mktemp("fake-gcs")
     with fake_gcs(root) as emulator:
         yield emulator
@@ -39,6 +43,8 @@ def bucket_url(gcs: Emulator, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.fixture
 def fault_proxy(gcs: Emulator, bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
     """A proxy in front of `bucket_url`'s emulator; STORAGE_EMULATOR_HOST names the proxy from here on."""
+    from tests.fault_proxy import FaultProxy
+
     with FaultProxy(gcs.endpoint) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
         yield proxy

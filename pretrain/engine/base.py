@@ -105,8 +105,17 @@ def is_skeleton(model: nn.Module) -> bool:
 
 def placed(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The model in its compute precision on the device; a skeleton gets memory there, and never takes any elsewhere."""
-    model.to(dtype)
-    return model.to_empty(device=device) if is_skeleton(model) else model.to(device)
+    if not is_skeleton(model):
+        model.to(dtype)
+        return model.to(device)
+
+    def real(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+
+    # What to_empty does, which knows no dtype. A cast, or an empty_like, of what is on the meta device would import a
+    # second's worth of modules.
+    model._apply(real)
+    return model
 
 
 def in_order(weights: Iterable[tuple[str, Tensor]], names: Iterable[str]) -> Iterator[Tensor]:
@@ -122,6 +131,8 @@ def nothing() -> None:
 
 def split_targets(tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(inputs, targets), each int64 (B, T) on the device, of windows of tokens (B, T + 1)."""
+    if device.type == "cuda" and not tokens.is_cuda:
+        tokens = tokens.pin_memory()  # from anywhere else the host would wait for what the GPU does before the copy
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 

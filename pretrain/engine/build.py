@@ -13,9 +13,11 @@ from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.base import Engine
 from pretrain.engine.choice import engine_problems, traffic
 from pretrain.engine.ds_settings import deepspeed_settings
+from pretrain.engine.lean import import_deepspeed, leave_compiler_out
 from pretrain.engine.native import NativeEngine
 from pretrain.errors import ConfigError
 from pretrain.ranks import Ranks
+from pretrain.startup import START
 
 logger = log.get(__name__)
 
@@ -37,6 +39,7 @@ def build_engine(
     """
     if problems := engine_problems(engine, ranks.world_size):
         raise ConfigError(problems)
+    leave_compiler_out()
     built = _build(model, engine, optim, batch, precision, device, ranks)
     name: Any = built.name  # that of the engine which stands in for DeepSpeed, too
     paid = traffic(replace(engine, name=name), batch.accumulation(ranks.world_size), ranks.world_size)
@@ -75,11 +78,13 @@ def _deepspeed_can_run(device: torch.device, ranks: Ranks) -> bool:
 
     zero.prepare_import(device)
     try:
-        import deepspeed  # noqa: F401
+        import_deepspeed()
     except ImportError as error:
         mend = "run bash setup_env.sh, or choose --engine native"
         raise ConfigError(f"engine.name is deepspeed, but it can't be imported: {error}", mend) from error
+    START.ended("deepspeed")
     problem = zero.cpu_op_problem() if device.type == "cpu" else ""
+    START.ended("deepspeed's op")
     if not ranks.any(bool(problem)):
         return True
     if ranks.is_first:

@@ -174,5 +174,5 @@ class NativeEngine:
 def master_of(parameter: Tensor, device: torch.device) -> Tensor:
     """The fp32 copy of a parameter on the device; of a skeleton's only memory for it."""
     if parameter.device.type == "meta":
-        return torch.empty_like(parameter, dtype=torch.float32, device=device)
+        return torch.empty(parameter.shape, dtype=torch.float32, device=device)
     return parameter.detach().to(device, torch.float32, copy=True)

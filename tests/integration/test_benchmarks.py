@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import bench_growth, bench_startup
 from tests.runs import ROOT, plain_environment
 
 CHECKPOINT = ROOT / "benchmarks" / "bench_checkpoint.py"
@@ -105,3 +106,91 @@ def test_bench_memory_leaves_out_what_a_gpu_has_no_room_for_and_misses_by_the_pe
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert bench.without_leftovers(full) is None and bench.without_leftovers(lambda: 7) == 7
+
+
+# ---- the start ----
+
+
+def test_a_start_is_told_by_its_phases(capsys: pytest.CaptureFixture[str]) -> None:
+    starts = [bench_startup.Start(seconds, {"torch": 0.95 * seconds}) for seconds in (4.0, 9.0, 30.0)]
+    found = {
+        check.name: (check.value, check.passed) for check in bench_startup.evaluate(starts, [1, 2, 3], compiles=False)
+    }
+    assert found == {
+        "first_step_after": (9.0, True),
+        "first_step_over_import_of_torch": (4.5, True),
+        "not_in_a_phase": (0.05, True),
+    }
+    assert bench_startup.medians(starts) == {"torch": 8.55}
+    slow = [bench_startup.Start(12.0, {"torch": 6.0})]
+    assert not any(check.passed for check in bench_startup.evaluate(slow, [1.0], compiles=False))
+    assert [check.name for check in bench_startup.evaluate(slow, [1.0], compiles=True)] == ["not_in_a_phase"]
+    assert bench_startup.main(["--ranks", "0"]) == 2
+    assert "--rounds and --ranks must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_bench_startup_starts_the_main_job(tmp_path: Path) -> None:
+    ended = run(ROOT / "benchmarks" / "bench_startup.py", tmp_path, "--rounds", "1", "--json")
+    assert ended.returncode in (0, 1), ended.stderr
+    tree = json.loads(ended.stdout)
+    values = {check["name"]: check["value"] for check in tree["checks"]}
+    assert values["not_in_a_phase"] < 0.1
+    assert {"launcher", "python", "torch", "data", "engine", "first step"} <= set(tree["phases_s"])
+
+
+# ---- growth ----
+
+
+def test_an_exponent_is_the_slope_and_what_grows_faster_than_the_arithmetic_fails() -> None:
+    sizes = [1, 2, 4, 8]
+    growths = [
+        bench_growth.Growth("batch", sizes, lambda size: 3.0 * size, float),
+        bench_growth.Growth("depth", sizes, lambda size: 0.5 * size**1.2, float),
+        bench_growth.Growth("shards", sizes, lambda size: 1 + 0.01 * size, float),
+    ]
+    found = [bench_growth.fit(growth, 3) for growth in growths]
+    assert [round(each.exponent, 2) for each in found[:2]] == [1.0, 1.2] and found[2].exponent < 0.1
+    assert found[0].seconds == {1: 3.0, 2: 6.0, 4: 12.0, 8: 24.0}
+    assert [check.passed for check in bench_growth.checks_of(found)] == [True, False, True]
+
+
+def test_bench_growth_measures_steps_and_openings(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--rounds", "1", "--scale", "1", "--shards", "64", "--only", "depth,shards", "--json"]
+    assert bench_growth.main(words) in (0, 1)
+    tree = json.loads(capsys.readouterr().out)
+    assert [check["name"] for check in tree["checks"]] == ["depth_over_arithmetic", "shards_over_arithmetic"]
+    depth = tree["growths"]["depth"]
+    assert 0.5 < depth["arithmetic"] < 1 and set(depth["ms"]) == {"2", "4", "8", "16"}
+    assert bench_growth.main(["--only", "width"]) == 2
+
+
+# ---- the GPU's ----
+
+
+def gpu_script(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**plain_environment(OUT=str(folder), PYTHON=sys.executable), "CUDA_VISIBLE_DEVICES": ""}
+    command = ["bash", str(ROOT / "benchmarks" / "gpu.sh"), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_without_a_gpu_gpu_sh_says_so_in_one_line(tmp_path: Path) -> None:
+    ended = gpu_script(tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert "torch sees no GPU" in ended.stderr and "--rehearse" in ended.stderr
+    assert gpu_script(tmp_path, "--rounds").returncode == 2
+
+
+def test_its_tests_run_on_the_cpu_too(tmp_path: Path) -> None:
+    ended = gpu_script(tmp_path, "--rehearse", "tests")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "gpu: tests: passed" in ended.stdout and "no GPU was there" in ended.stdout
+    assert " failed" not in ended.stdout and " passed" in ended.stdout
+
+
+@pytest.mark.slow
+def test_its_benchmarks_run_on_the_cpu_too(tmp_path: Path) -> None:
+    ended = gpu_script(tmp_path, "--rehearse", "train", "memory", "growth")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    names = {json.loads(path.read_text())["name"] for path in tmp_path.glob("*.json")}
+    assert names == {"train", "memory", "growth"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bench_data
+from pretrain import embedded
 from pretrain.shards import fetch_shards, open_shards
 
 TINY = ["--rounds", "2", "--tokens", "20000", "--shards", "130", "--files", "3", "--file_mb", "0.1", "--json"]
@@ -73,7 +74,7 @@ def test_sizes_that_measure_nothing_are_refused(wrong):
 
 
 def test_a_bucket_that_does_not_start_is_one_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench_data, "ROOT", tmp_path)  # where no script is
+    monkeypatch.setattr(embedded, "ROOT", tmp_path)  # where no script is
     monkeypatch.setattr(bench_data, "bench_batches", lambda options, folder: ([], {}))
     monkeypatch.setattr(bench_data, "bench_open", lambda options, folder: ([], {}))
     assert bench_data.main([*TINY, "--dir", str(tmp_path)]) == 4

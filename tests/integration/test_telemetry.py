@@ -88,6 +88,16 @@ def test_the_ledger_is_over_both_starts_in_the_summary_and_in_the_table(killed):
     assert read_back["hours"] == pytest.approx(ledger["hours"], rel=0.2)
 
 
+def test_the_start_is_told_by_phases_that_add_up_to_it(killed):
+    phases = summary(killed)["startup_seconds"]
+    assert list(phases)[:3] == ["python", "settings", "torch"] and list(phases)[-1] == "first step"
+    assert {"ranks", "checkpoints", "data", "model", "engine", "instruments", "first batch"} <= set(phases)
+    (line,) = [line for line in (killed / "output.txt").read_text().splitlines() if "start-up: " in line]
+    assert f"{sum(phases.values()):.1f} s: python " in line
+    # the books take the time by the wall clock, over both starts
+    assert 0.5 < sum(phases.values()) < summary(killed)["ledger"]["hours_by_cause"]["startup"] * 3600 + 1
+
+
 def test_tensorboard_shows_every_step_once_under_the_names_that_wandb_has(killed):
     board, runs = read_tensorboard(logs(killed)), read_wandb(logs(killed))
     assert len(runs) == 2 and runs[0].run_id == runs[1].run_id

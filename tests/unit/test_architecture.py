@@ -36,9 +36,12 @@ PREPARATION = {
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
-    "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
+    "base": (
+        {"config", "config_checks", "errors", "failpoints", "garbage", "gpus", "log", "model_config", "startup"},
+        set(),
+    ),
     "model": ({"compiler", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
-    "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
+    "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "embedded", "files"}, {"base"}),
     "data": (
         {
             "manifest",
@@ -168,8 +171,10 @@ ONLY: dict[str, set[str]] = {
     "failpoints": set(),
     "fp8": set(),
     "errors": set(),
+    "garbage": set(),
     "gpus": set(),
     "log": set(),
+    "startup": set(),
     "files": set(),
     "batches": {"epochs", "read_ahead", "shard_feed", "shards"},
     "epochs": set(),
