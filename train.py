@@ -117,6 +117,7 @@ def build(invocation: Invocation) -> Run:
     if checkpoint is None:
         engine.initialise(first_weights(config.model, config.run.seed))
     else:
+        checkpoint.check_optimizer(config.optim.name)
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     total_steps = config.total_steps(corpus.batches.windows_per_epoch)

@@ -40,7 +40,7 @@ def count_peak(setup: Setup) -> int:
         with mock.patch.object(gpt, "to", lambda what: _converted(gpt, what)):
             engine = NativeEngine(gpt, OptimConfig(), EngineConfig(name="native"), setup.precision, CPU, 1)
         tracker = MemTracker()
-        states = [tensor for state in engine._adamw.state.values() for tensor in state.values()]
+        states = [tensor for state in engine._optimizer.state.values() for tensor in state.values()]
         tracker.track_external(gpt, *engine._masters.values(), *states)
         collect = engine._collect_gradients
 
