@@ -318,8 +318,9 @@ class GPT(nn.Module):
 
         def sums(x: Tensor, targets: Tensor) -> Tensor:  # of the cross entropy and of the z-loss (arXiv 2204.02311)
             logits = self._logits(x).float()
-            loss = F.cross_entropy(logits, targets, reduction="sum")
-            return torch.stack((loss, factor * logits.logsumexp(-1).square().sum() if factor else loss.new_zeros(())))
+            loss = F.cross_entropy(logits, targets, reduction="none")  # log of the denominator, less the target's logit
+            log_z = loss + logits.gather(1, targets[:, None])[:, 0] if factor else torch.zeros_like(loss)
+            return torch.stack((loss, factor * log_z.square())).sum(1)
 
         recomputed = functools.partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
         pieces = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
@@ -327,8 +328,7 @@ class GPT(nn.Module):
         loss, z_loss = torch.stack(totals).sum(0) / len(targets)
         if factor:
             self.z_loss = z_loss.detach()
-            loss = loss + (z_loss - self.z_loss)
-        return loss
+        return loss + (z_loss - z_loss.detach())
 
     def _recomputes(self) -> bool:
         """Whether blocks forget their activations in this forward pass: only where a backward pass will follow."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pretrain.model_config import ModelConfig, parameter_shapes
 
+FP32_BYTES = 4
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 MUON_MOMENTS = ("momentum_buffer",)
 
@@ -54,10 +55,25 @@ class OptimConfig:
         return MUON_MOMENTS if self.name == "muon" and n_dims == 2 and name.startswith("blocks.") else ADAM_MOMENTS
 
 
-def kept_elements(optim: OptimConfig, model: ModelConfig) -> list[tuple[int, int]]:
-    """(its elements, those of its moments together) of every parameter of a resolved shape, in the module's order."""
-    sizes = ((name, len(shape), math.prod(shape)) for name, shape in parameter_shapes(model))
-    return [(size, size * len(optim.moments(name, n_dims))) for name, n_dims, size in sizes]
+def moments_bytes(optim: OptimConfig, model: ModelConfig) -> int:
+    """Bytes of all that the optimizer remembers of a resolved shape."""
+    return FP32_BYTES * sum(size * n_moments for size, n_moments in _sizes(optim, model))
+
+
+def largest_state_bytes(optim: OptimConfig, model: ModelConfig) -> int:
+    """Bytes of the named full fp32 tensors of one parameter, the weight and its moments, where they are the most."""
+    return FP32_BYTES * max(size * (1 + n_moments) for size, n_moments in _sizes(optim, model))
+
+
+def _sizes(optim: OptimConfig, model: ModelConfig) -> list[tuple[int, int]]:
+    """(its elements, how many moments it has) of each parameter."""
+    return [(math.prod(shape), len(optim.moments(name, len(shape)))) for name, shape in parameter_shapes(model)]
+
+
+def newton_schulz_bytes(optim: OptimConfig, model: ModelConfig) -> int:
+    """Bytes in which Muon makes one matrix orthogonal: it in fp32, twice in bf16, its Gram matrix twice; 0 of AdamW."""
+    shapes = [shape for name, shape in parameter_shapes(model) if optim.moments(name, len(shape)) == MUON_MOMENTS]
+    return max((8 * math.prod(shape) + 4 * min(shape) ** 2 for shape in shapes), default=0)
 
 
 def optim_problems(optim: OptimConfig, engine: str) -> list[str]:

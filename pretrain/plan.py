@@ -135,7 +135,7 @@ def make_setup(
         if problems:
             raise ConfigError(problems)
         sharding = Sharding.of_deepspeed(settings)
-    return Setup(model, precision, batch, world_size, sharding, document_mask)
+    return Setup(model, precision, batch, world_size, sharding, document_mask, optim)
 
 
 def budget(setup: Setup, gpu: Gpu) -> Budget:
@@ -219,7 +219,7 @@ def _other_engines(setup: Setup, available: int) -> list[str]:
         changes.append((f"{ZERO_2} --engine.offload_optimizer true", offloading))
     for words, engine in changes:
         for kind in RECOMPUTING[RECOMPUTING.index(setup.model.activation_checkpointing) :]:
-            how = (OptimConfig(), setup.precision, setup.world_size, setup.document_mask)
+            how = (setup.optim, setup.precision, setup.world_size, setup.document_mask)
             changed = make_setup(setup.model, setup.batch, engine, *how)
             if size := memory.largest_micro_size(changed.with_checkpointing(kind), available):
                 more = (

@@ -28,6 +28,7 @@ from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
+from pretrain.optim_config import FP32_BYTES, moments_bytes
 from pretrain.plan import GB, Gpu, Speed
 from pretrain.plan_views import (
     comparison_row,
@@ -154,7 +155,8 @@ def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: arg
     steps = config.total_steps(0)
     tokens = steps * config.tokens_per_step
     hours = tokens / speed.tokens_per_second / 3600
-    checkpoint = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model)
+    weights = FP32_BYTES * plan.padded_parameters(config.model)
+    checkpoint = weights + moments_bytes(config.optim, config.model)
     count = checkpoints_of(config, steps, options.shards)
     return {
         "tokens": tokens,

@@ -35,7 +35,7 @@ PREPARATION = {
 }
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
-    "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
+    "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config", "optim_config"}, set()),
     "model": ({"compiler", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
@@ -160,8 +160,9 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
 ONLY: dict[str, set[str]] = {
-    "config": {"model_config"},
+    "config": {"model_config", "optim_config"},
     "model_config": set(),
+    "optim_config": {"model_config"},
     "failpoints": set(),
     "fp8": set(),
     "errors": set(),
