@@ -325,7 +325,7 @@ class GPT(nn.Module):
         recomputed = functools.partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
         pieces = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
         totals = [recomputed(*piece) if chunks > 1 else sums(*piece) for piece in pieces]
-        loss, z_loss = torch.stack(totals).sum(0) / len(targets)
+        loss, z_loss = (torch.stack(totals).sum(0) / len(targets)).unbind()
         if factor:
             self.z_loss = z_loss.detach()
         return loss + (z_loss - z_loss.detach())

@@ -80,9 +80,8 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._muon.state = self._adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no engine has a closure
         """One step of both."""
-        assert closure is None
         self._muon.step()
         self._adamw.step()
 

@@ -17,6 +17,7 @@ from pretrain.errors import ConfigError
 from pretrain.gpus import CARDS, FP8_UNITS, PEAK_FLOPS, expected_mfu
 from pretrain.memory import Moment, Setup, Sharding
 from pretrain.model_config import ModelConfig
+from pretrain.optim_config import optim_problems
 
 GB = 1e9
 CHINCHILLA_RATIO = 20  # tokens a parameter, arXiv 2203.15556
@@ -217,6 +218,7 @@ def _other_engines(setup: Setup, available: int) -> list[str]:
     if not sharding.offload:
         offloading = EngineConfig(zero_stage=2, offload_optimizer=True)
         changes.append((f"{ZERO_2} --engine.offload_optimizer true", offloading))
+    changes = [change for change in changes if not optim_problems(setup.optim, change[1].name)]
     for words, engine in changes:
         for kind in RECOMPUTING[RECOMPUTING.index(setup.model.activation_checkpointing) :]:
             how = (setup.optim, setup.precision, setup.world_size, setup.document_mask)

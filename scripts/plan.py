@@ -28,7 +28,7 @@ from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
-from pretrain.optim_config import FP32_BYTES, moments_bytes
+from pretrain.optim_config import FP32_BYTES, moments_bytes, optim_problems
 from pretrain.plan import GB, Gpu, Speed
 from pretrain.plan_views import (
     comparison_row,
@@ -268,6 +268,7 @@ def choices(setup: Setup, config: Config) -> list[Setup]:
     changes: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "fsdp"}]
     if config.train.precision != "fp8":  # DeepSpeed does not train in it
         changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
+    changes = [change for change in changes if not optim_problems(config.optim, change["name"])]
     if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
         changes = [change for change in changes if change.get("zero_stage") != 0]
     engines = [dataclasses.replace(config.engine, **change) for change in changes]
