@@ -235,13 +235,13 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     colors = {"classic": "#d62728", "fast": "#1f77b4"}
     for run in runs:
         label = f"{run.recipe} (configs/{RECIPES[run.recipe][0]}.yaml)" if run.seed == 1 else None
-        xs = [tokens / 1e6 for tokens in run.tokens]
+        xs = [tokens / 1e3 for tokens in run.tokens]
         axes.plot(xs, run.losses, color=colors[run.recipe], marker="o", markersize=3, linewidth=1.4, label=label)
     goal = statistics.fmean(run.losses[-1] for run in runs if run.recipe == "classic")
     axes.axhline(goal, color="#888888", linewidth=1.0, linestyle=":")
     ratio = statistics.median(ratios_of(runs))
     axes.annotate(f"the classic recipe's end, passed with {ratio:.2f} × fewer tokens", (0.02, goal), va="bottom")
-    axes.set(xlabel="million tokens", ylabel="validation loss (nats per token)", title=_title(runs))
+    axes.set(xlabel="thousand tokens", ylabel="validation loss (nats per token)", title=_title(runs))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

@@ -21,7 +21,7 @@ from pretrain.model_config import ModelConfig
 from pretrain.optim import build_optimizer, moments, set_learning_rate
 from pretrain.ranks import Ranks
 from pretrain.snapshot import take_snapshot
-from tests.helpers_training import copied_states, differing, reader_of, single_rank
+from tests.helpers_training import copied_states, differing, reader_of, run_ranks, single_rank
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(
@@ -119,6 +119,46 @@ def test_fsdp_steps_as_the_native_engine_does():
     assert train(fsdp, range(4)) == pytest.approx(train(native, range(4)), abs=1e-5)
     states, others = copied_states(native), copied_states(fsdp)
     assert all(torch.allclose(states[n][key], others[n][key], atol=1e-4) for n in states for key in states[n])
+
+
+SEVERAL_RANKS = """
+    from model import GPT
+    from pretrain.config import BatchConfig, EngineConfig, OptimConfig
+    from pretrain.engine.build import build_engine
+    from pretrain.engine.native import NativeEngine
+    from pretrain.model_config import ModelConfig
+
+    cpu, optim = torch.device("cpu"), OptimConfig(name="muon", lr=1e-2, clip=0.5, warmup_steps=0)
+    # widths that four and two ranks can't divide evenly
+    shape = ModelConfig(size="custom", family="llama", n_layer=2, n_head=2, d_model=36, d_ff=70, vocab_size=61,
+                        seq_len=16, dropout=0.0).resolve()
+
+    def losses_of(engine, rank, ranks):
+        found = []
+        for step in range(4):
+            torch.manual_seed(step)
+            share = torch.randint(61, (8, 17)).chunk(ranks)[rank]
+            found.append(float(engine.train_step(share.split(1), 1e-2).loss))
+        return found
+
+    def model():
+        torch.manual_seed(0)
+        return GPT(shape, "sdpa")
+
+    results = {"single": losses_of(NativeEngine(model(), optim, EngineConfig(name="single"), "fp32", cpu, 1), 0, 1)}
+    for title, fields in (("ddp", {"name": "ddp"}), ("fsdp", {"name": "fsdp"}),
+                          ("hybrid", {"name": "fsdp", "fsdp_shard": "hybrid"})):
+        engine = build_engine(model(), EngineConfig(**fields), optim, BatchConfig(8, 1), "fp32", cpu, me)
+        results[title] = [me.mean(loss) for loss in losses_of(engine, me.rank, 4)]
+    print(json.dumps(results))
+"""
+
+
+@pytest.mark.slow
+def test_several_ranks_train_under_muon_as_one_does():
+    for results in run_ranks(SEVERAL_RANKS, 4, nodes=2):
+        for title in ("ddp", "fsdp", "hybrid"):
+            assert results[title] == pytest.approx(results["single"], abs=1e-3)  # the iteration rounds to bf16
 
 
 def checkpoint_of(engine, folder) -> CheckpointReader:
