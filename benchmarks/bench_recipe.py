@@ -64,12 +64,12 @@ EQUAL = {
 }
 # (config, what is set beside it): production.yaml's recipe with what so small a model and so short a run need.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "classic": ("production", {"optim.lr": 2e-3, "optim.warmup_steps": 10}),
+    "classic": ("production", {"optim.lr": 1e-3, "optim.warmup_steps": 10}),
     "fast": ("fast", {}),
 }
 # The fast recipe with one part of it taken back.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "AdamW for Muon": {"optim.name": "adamw", "optim.lr": 2e-3},  # the classic side's
+    "AdamW for Muon": {"optim.name": "adamw", "optim.lr": 1e-3},  # the classic side's
     "cosine for WSD": {"optim.schedule": "cosine", "optim.cooldown_fraction": 0.2, "optim.cooldown": "sqrt"},
     "learned positions for RoPE": {"model.position": "learned"},
     "LayerNorm and GELU for RMSNorm and SwiGLU": {
