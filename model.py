@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    SelectiveCheckpointContext,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 if TYPE_CHECKING:
     from pretrain.document_mask import DocumentMask
@@ -57,9 +52,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, hidden: Tensor | None = None) -> Tensor:
     """Plain matrix products: runs everywhere, and keeps (B, n_head, T, T) scores in memory.
 
-    Args:
-        hidden: the keys that each query does not see, bool (B, 1, T, T); None: all later ones.
-    """
+    `hidden` are the keys that each query does not see, bool (B, 1, T, T); None: all later ones."""
     shared_by = q.size(2) // k.size(2)
     k, v = k.repeat_interleave(shared_by, 2), v.repeat_interleave(shared_by, 2)  # (B, T, n_head, D)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, n_head, T, D)
@@ -75,18 +68,17 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float, hidden: Ten
 KERNELS: dict[str, AttentionKernel] = {"flash": flash_attention, "sdpa": sdpa_attention, "plain": plain_attention}
 
 
-class Linear(nn.Linear):
-    """nn.Linear whose weights wait for `GPT.init_weights`: torch's own first draw takes several times as long."""
+class Undrawn(nn.Module):
+    """A layer whose weights wait for `GPT.init_weights`: torch's own first draw takes several times as long."""
 
     def reset_parameters(self) -> None:
         """Leave the weights as they are."""
 
 
-class Embedding(nn.Embedding):
-    """nn.Embedding whose weights wait for `GPT.init_weights`."""
+class Linear(Undrawn, nn.Linear): ...
 
-    def reset_parameters(self) -> None:
-        """Leave the weights as they are."""
+
+class Embedding(Undrawn, nn.Embedding): ...
 
 
 class Attention(nn.Module):
@@ -95,14 +87,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
         self.heads = (config.n_head, config.n_kv_head, config.n_kv_head)  # of queries, keys and values
-        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.head_dim, self.dropout, self.qk_norm = config.head_dim, config.dropout, config.qk_norm
         self.kernel, self.layer = kernel, layer
         self.qkv = Linear(config.d_model, sum(self.heads) * config.head_dim, bias=bool(config.bias))
         self.proj = Linear(config.n_head * config.head_dim, config.d_model, bias=bool(config.bias))
-        if config.qk_norm:
+        if self.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.qk_norm = config.qk_norm
         self.resid_drop = nn.Dropout(config.dropout)
 
     def forward(
@@ -196,7 +187,7 @@ EXPENSIVE = (  # what selective activation checkpointing keeps: the matrix produ
 )
 
 
-def keep_expensive(_context: SelectiveCheckpointContext, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def keep_expensive(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     """What selective activation checkpointing does with an operation's result."""
     is_flash = op.namespace == "flash_attn"  # there only where the package is
     return CheckpointPolicy.MUST_SAVE if op in EXPENSIVE or is_flash else CheckpointPolicy.PREFER_RECOMPUTE
@@ -209,7 +200,7 @@ selective = functools.partial(create_selective_checkpoint_contexts, keep_expensi
 def draw(weight: Tensor, name: str, config: ModelConfig, generator: torch.Generator | None = None) -> Tensor:
     """Give one parameter its initial values; drawn one after the other, in the order of the module, they are a model's.
 
-    GPT-2's: N(0, 0.02), biases 0, norms 1; what writes to the residual stream is scaled down by its 2·n_layer writers.
+    GPT-2's: N(0, 0.02), biases 0, norms 1; the 2·n_layer matrices that write to the residual stream smaller, or 0.
 
     Args:
         weight: fp32, of the parameter's full shape.
@@ -219,8 +210,9 @@ def draw(weight: Tensor, name: str, config: ModelConfig, generator: torch.Genera
         return weight.zero_()
     if weight.ndim == 1:
         return weight.fill_(1.0)
-    writes_to_residual = name.endswith((".attn.proj.weight", ".mlp.down.weight"))
-    std = INIT_STD / math.sqrt(2 * config.n_layer) if writes_to_residual else INIT_STD
+    std = INIT_STD
+    if name.endswith((".attn.proj.weight", ".mlp.down.weight")):
+        std = 0.0 if config.zero_init else INIT_STD / math.sqrt(2 * config.n_layer)
     weight.normal_(std=std, generator=generator)
     if name in ("tok_emb.weight", "head.weight"):
         # The padding starts at 0 and gets no gradient, so neither AdamW nor weight decay ever moves it from there.
@@ -241,6 +233,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.documents = documents
+        self.z_loss: Tensor | None = None  # of the last training pass, as it was added: a detached scalar
         self.tok_emb = Embedding(config.padded_vocab_size, config.d_model)
         if config.position == "learned":
             self.pos_emb = Embedding(config.seq_len, config.d_model)
@@ -274,7 +267,7 @@ class GPT(nn.Module):
 
         Returns:
             With targets their mean cross entropy in nats per token, an fp32 scalar whatever the compute dtype; without,
-            the logits (B, T, vocab_size) in the compute dtype.
+            the logits (B, T, vocab_size) in the compute dtype, or with a soft-cap in fp32.
 
         Raises:
             ValueError: the sequence is longer than the model's context.
@@ -314,19 +307,28 @@ class GPT(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         """(…, d_model) to (…, vocab_size). The head's padding is cut off: no probability, and so no gradient."""
-        return F.linear(x, self.head_weight)[..., : self.config.vocab_size]
+        logits, cap = F.linear(x, self.head_weight)[..., : self.config.vocab_size], self.config.logit_softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
 
     def _loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross entropy of (n, d_model) and (n); of several chunks, each computes its logits twice."""
-        if self.config.loss_chunks == 1:
+        """Mean cross entropy of (n, d_model) and (n). Its gradient has the z-loss in it, too; its value never does."""
+        chunks, factor = self.config.loss_chunks, self.config.z_loss if torch.is_grad_enabled() else 0.0
+        if chunks == 1 and not factor:
             return F.cross_entropy(self._logits(x).float(), targets)
 
-        def chunk_loss(x: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self._logits(x).float(), targets, reduction="sum")
+        def sums(x: Tensor, targets: Tensor) -> Tensor:  # of the cross entropy and of the z-loss (arXiv 2204.02311)
+            logits = self._logits(x).float()
+            loss = F.cross_entropy(logits, targets, reduction="none")  # log of the denominator, less the target's logit
+            log_z = loss + logits.gather(1, targets[:, None])[:, 0] if factor else torch.zeros_like(loss)
+            return torch.stack((loss, factor * log_z.square())).sum(1)
 
-        chunks = zip(x.chunk(self.config.loss_chunks), targets.chunk(self.config.loss_chunks), strict=True)
-        losses = [checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-        return torch.stack(losses).sum() / len(targets)
+        recomputed = functools.partial(checkpoint, sums, use_reentrant=False, preserve_rng_state=False)
+        pieces = zip(x.chunk(chunks), targets.chunk(chunks), strict=True)
+        totals = [recomputed(*piece) if chunks > 1 else sums(*piece) for piece in pieces]
+        loss, z_loss = (torch.stack(totals).sum(0) / len(targets)).unbind()
+        if factor:
+            self.z_loss = z_loss.detach()
+        return loss + (z_loss - z_loss.detach())
 
     def _recomputes(self) -> bool:
         """Whether blocks forget their activations in this forward pass: only where a backward pass will follow."""
@@ -334,17 +336,15 @@ class GPT(nn.Module):
 
     def _recomputed(self, block: nn.Module, x: Tensor, rotation: Rotation | None, mask: Any) -> Tensor:
         """Run a block that keeps its input, or that and its matrix products. Dropout falls the same in both runs."""
-        keep_rng = self.config.dropout > 0  # without dropout the copies of its state would be for nothing
+        # without dropout the copies of the generator's state would be for nothing
+        how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": self.config.dropout > 0}
         if self.config.activation_checkpointing == "selective":  # two calls: the compiler must see which function it is
-            y: Tensor = checkpoint(
-                block, x, rotation, mask, use_reentrant=False, preserve_rng_state=keep_rng, context_fn=selective
-            )
+            y: Tensor = checkpoint(block, x, rotation, mask, **how, context_fn=selective)
         else:
-            y = checkpoint(block, x, rotation, mask, use_reentrant=False, preserve_rng_state=keep_rng)
+            y = checkpoint(block, x, rotation, mask, **how)
         return y
 
     def n_parameters(self) -> int:
         """Exact number of parameters: the vocabulary's padding not counted, a tied head counted once."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.d_model
-        tables = 1 if self.config.tie_embeddings else 2
-        return sum(parameter.numel() for parameter in self.parameters()) - padding * tables
+        return sum(p.numel() for p in self.parameters()) - padding * (1 if self.config.tie_embeddings else 2)

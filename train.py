@@ -129,6 +129,7 @@ def build(invocation: Invocation) -> Run:
     if checkpoint is None:
         engine.initialise(first_weights(config.model, config.run.seed))
     else:
+        checkpoint.check_optimizer(config.optim.name)
         progress = take_over(checkpoint, config.model, engine, corpus.order, history, watch)
         keeper.upload_leftovers()
     START.ended("engine")

@@ -169,11 +169,13 @@ class Activations:
 
     @property
     def loss(self) -> int:
-        """Bytes of logits and loss in its backward pass: fp32 three times, for one chunk of the tokens.
+        """Bytes of logits and loss in its backward pass: fp32 three times or more, for one chunk of the tokens.
 
-        The saved log-probabilities, their gradient, and the logits' gradient made from both.
+        The saved log-probabilities, their gradient, and the logits' gradient made from both; the soft-cap's tangent,
+        and the z-loss's part of the gradient, where there are any.
         """
-        return 3 * FP32_BYTES * -(-self.tokens // self.model.loss_chunks) * self.model.vocab_size
+        wide = 3 + bool(self.model.logit_softcap) + bool(self.model.z_loss)
+        return wide * FP32_BYTES * -(-self.tokens // self.model.loss_chunks) * self.model.vocab_size
 
     @property
     def logits(self) -> int:

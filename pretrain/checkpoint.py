@@ -1,7 +1,7 @@
 """One checkpoint as a folder: write a snapshot, verify it, read it back.
 
     model-0000k-of-N.safetensors + index   fp32 master weights, canonical names, full shapes
-    optimizer-0000k-of-N.safetensors       exp_avg/NAME, exp_avg_sq/NAME
+    optimizer-0000k-of-N.safetensors       exp_avg/NAME, exp_avg_sq/NAME; momentum_buffer/NAME of a matrix under Muon
     config.yaml  metadata.json  training_metrics.json  trainer_state.json  tokenizer.json (if known)
     manifest.json                          written last, by rename. No manifest, no checkpoint.
 
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.checkpoint_manifest import MANIFEST_FILE, FileEntry, Manifest
-from pretrain.engine.base import ADAM_MOMENTS, ParameterState
+from pretrain.engine.base import ParameterState
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.files import crc32c_of_bytes, crc32c_of_file, new_file, sync
+from pretrain.optim_config import ADAM_MOMENTS, MUON_MOMENTS
 from pretrain.snapshot import Snapshot, part_name
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -169,6 +170,19 @@ class CheckpointReader:
                 "Resume with the model section of the checkpoint's config.yaml, or start another run with --run NAME.",
             )
 
+    def check_optimizer(self, name: str) -> None:
+        """Compare the optimizer that wrote the checkpoint with the one of this name.
+
+        Raises:
+            CheckpointError: they are not the same: neither can go on from what the other remembers.
+        """
+        wrote = "muon" if any(key.startswith(f"{MUON_MOMENTS[0]}/") for key in self._where) else "adamw"
+        if wrote != name:
+            raise CheckpointError(
+                f"{self.folder.name} was written by optimizer {wrote}, and optim.name is {name}",
+                f"Resume with --optim.name {wrote}, or start another run with --run NAME.",
+            )
+
     def _shape(self, key: str) -> tuple[int, ...]:
         with _open_part(self._where[key]) as part:
             return tuple(part.get_slice(key).get_shape())
@@ -184,7 +198,8 @@ class CheckpointReader:
 
     def parameter_state(self, name: str) -> ParameterState:
         """The weight and the moments of one parameter, fp32 on the CPU."""
-        return {"weight": self._tensor(name), **{moment: self._tensor(f"{moment}/{name}") for moment in ADAM_MOMENTS}}
+        kept = MUON_MOMENTS if f"{MUON_MOMENTS[0]}/{name}" in self._where else ADAM_MOMENTS
+        return {"weight": self._tensor(name), **{moment: self._tensor(f"{moment}/{name}") for moment in kept}}
 
     def _tensor(self, key: str) -> Tensor:
         if key not in self._where:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pretrain.model_config import ModelConfig
+from pretrain.optim_config import OptimConfig as OptimConfig  # for those who import sections from here
 
 
 @dataclass(frozen=True)
@@ -115,28 +116,6 @@ class BatchConfig:
     def accumulation(self, world_size: int) -> int:
         """Micro-steps of each rank in one optimizer step."""
         return self.global_size // (self.micro_size * world_size)
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW and its schedule."""
-
-    lr: float = 6e-4
-    """Peak learning rate."""
-    min_lr_ratio: float = 0.1
-    """The learning rate ends at this fraction of its peak."""
-    warmup_steps: int = 2000
-    """Optimizer steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Course of the learning rate after the warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW's decay rates of the first and the second moment."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay, on matrices only."""
-    clip: float = 1.0
-    """Largest global gradient norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pretrain.config import BatchConfig, CheckpointConfig, Config, DataConfig, LogConfig, TrainConfig, profile_steps
 from pretrain.model_config import ModelConfig, model_problems
+from pretrain.optim_config import optim_problems
 
 NO_SOURCE = "data.source is empty: give --data gs://bucket/prefix or a folder of .npz shards, or data.sources"
 
@@ -17,6 +18,7 @@ def validate(config: Config, world_size: int) -> list[str]:
     problems = [
         *model_problems(config.model),
         *_batch_problems(config.batch.settled, world_size),
+        *optim_problems(config.optim, config.engine.name),
         *_range_problems(config),
     ]
     problems += _source_problems(config.data, config.train) + _data_problems(config.data)
@@ -194,12 +196,6 @@ def _range_problems(config: Config) -> list[str]:
     """Fields outside the range in which they mean something."""
     c = config
     rules = [
-        (c.optim.lr <= 0, f"optim.lr {c.optim.lr} must be positive"),
-        (not 0 <= c.optim.min_lr_ratio <= 1, f"optim.min_lr_ratio {c.optim.min_lr_ratio} must be in [0, 1]"),
-        (c.optim.warmup_steps < 0, f"optim.warmup_steps {c.optim.warmup_steps} must not be negative"),
-        (not all(0 <= b < 1 for b in c.optim.betas), f"optim.betas {c.optim.betas} must be in [0, 1)"),
-        (c.optim.weight_decay < 0, f"optim.weight_decay {c.optim.weight_decay} must not be negative"),
-        (c.optim.clip < 0, f"optim.clip {c.optim.clip} must not be negative"),
         (min(c.train.max_steps, c.train.max_tokens) < 0, "train.max_steps and train.max_tokens must not be negative"),
         (c.train.epochs <= 0, f"train.epochs {c.train.epochs} must be positive"),
         (c.train.eval_interval < 0, f"train.eval_interval {c.train.eval_interval} must not be negative"),

@@ -53,6 +53,7 @@ _GATED_ROPE = {
     "activation": ("swiglu",),
     "parallel_residual": (False,),
 }
+_NOWHERE = {"logit_softcap": (0.0,)}  # what no class of these has
 CLASSES: dict[str, HFClass] = {  # by model_type
     "gpt2": HFClass("GPT2LMHeadModel", "gpt", _DENSE_LEARNED),
     "opt": HFClass("OPTForCausalLM", "opt", {**_DENSE_LEARNED, "norm_eps": (1e-5,)}),
@@ -87,7 +88,7 @@ def model_type_of(model: ModelConfig) -> str:
 def _obstacles(model: ModelConfig, kind: HFClass) -> list[str]:
     """Each option of the model that the class can't express."""
     found = []
-    for field, able in kind.options.items():
+    for field, able in {**kind.options, **_NOWHERE}.items():
         value = getattr(model, field)
         if value not in able:
             found.append(f"model.{field} is {value}, and it knows only {' and '.join(map(str, able))}")

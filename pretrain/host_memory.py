@@ -12,7 +12,8 @@ import psutil
 
 from pretrain import memory
 from pretrain.activations import FP32_BYTES
-from pretrain.memory import MOMENTS_BYTES, Setup
+from pretrain.memory import Setup
+from pretrain.optim_config import largest_state_bytes, moments_bytes
 
 # Of one process: Python, torch and what else is imported; beside a GPU CUDA's context, too. Assumed, not measured.
 PROCESS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
@@ -30,15 +31,14 @@ def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
     Args:
         kind: of their devices: "cpu" or "cuda".
     """
-    sizes = memory.parameter_sizes(setup.model)
-    size = sum(sizes)
-    saved = (FP32_BYTES + MOMENTS_BYTES) * size // setup.world_size  # a rank's part of a checkpoint
+    weights = FP32_BYTES * sum(memory.parameter_sizes(setup.model))
+    saved = (weights + moments_bytes(setup.optim, setup.model)) // setup.world_size  # a rank's part of a checkpoint
     if kind == "cpu":
         held = memory.peak(setup).total + saved
     else:
         offloaded = saved if setup.sharding.offload else 0
         # a resume reads one parameter at a time, with both moments
-        held = max((FP32_BYTES + MOMENTS_BYTES) * max(sizes), saved) + offloaded
+        held = max(largest_state_bytes(setup.optim, setup.model), saved) + offloaded
     return local_ranks * (PROCESS_BYTES[kind] + held)
 
 

@@ -21,15 +21,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pretrain.activations import FP32_BYTES, Activations
-from pretrain.config import BatchConfig
+from pretrain.config import BatchConfig, OptimConfig
 from pretrain.model_config import ModelConfig, parameter_shapes
+from pretrain.optim_config import largest_state_bytes, moments_bytes, newton_schulz_bytes
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8's weights and activations are kept in bf16
-MOMENTS_BYTES = 8  # AdamW's two, fp32
 NORM_BYTES = 8  # DeepSpeed squares each gradient in fp64
 
 # CUDA's context and kernels, cuBLAS's workspace, and with several GPUs NCCL's channels. Assumed, not measured by us.
@@ -105,7 +105,7 @@ class Setup:
         model: a resolved ModelConfig.
         precision: a value of `train.precision`.
         batch: its micro size counts, and whether gradients accumulate.
-        world_size: ranks; document_mask: whether documents are kept apart.
+        world_size: ranks; document_mask: whether documents are kept apart; optim: of it the optimizer's name.
     """
 
     model: ModelConfig
@@ -114,6 +114,7 @@ class Setup:
     world_size: int = 1
     sharding: Sharding = Sharding()
     document_mask: bool = False
+    optim: OptimConfig = field(default_factory=OptimConfig)
 
     def with_micro_size(self, micro_size: int) -> Setup:
         """The same with another micro batch."""
@@ -208,7 +209,7 @@ def timeline(setup: Setup) -> Iterator[Moment]:
         "",
         weights=_weights(setup),
         masters=0 if setup.sharding.offload else FP32_BYTES * size // setup.optimizer_ranks,
-        moments=0 if setup.sharding.offload else MOMENTS_BYTES * size // setup.optimizer_ranks,
+        moments=0 if setup.sharding.offload else moments_bytes(setup.optim, model) // setup.optimizer_ranks,
     )
     held, flowing = _held_gradients(setup), _reduction_buffers(setup)
 
@@ -303,17 +304,18 @@ def _reduction_buffers(setup: Setup) -> int:
 def _update(setup: Setup) -> Iterator[tuple[str, int, int]]:
     """(moment, bytes of gradients, bytes of communication) from the end of the backward pass to the new weights."""
     c, sizes, sharding = COMPUTE_BYTES[setup.precision], parameter_sizes(setup.model), setup.sharding
-    size, fp32, largest = sum(sizes), FP32_BYTES * sum(sizes), max(sizes)
-    # named full fp32 tensors of one parameter: the weight and its two moments
-    copied = ("a checkpoint's copy", 0, (FP32_BYTES + MOMENTS_BYTES) * largest)
+    size, fp32, orthogonal = sum(sizes), FP32_BYTES * sum(sizes), newton_schulz_bytes(setup.optim, setup.model)
+    copied = ("a checkpoint's copy", 0, largest_state_bytes(setup.optim, setup.model))
     if sharding.is_plain:
         if setup.world_size == 1:
             moved = 0 if c == FP32_BYTES else c * size  # fp32 gradients become the masters' without a copy
             start = fp32 + moved if setup.accumulates else max(fp32, moved + FP32_BYTES * sizes[0])
             yield "gradients to the masters", 2 * fp32 if c == FP32_BYTES and setup.accumulates else start, 0
         yield "the all-reduce", fp32, _reduction_buffers(setup)
+        if orthogonal:
+            yield "the update", fp32 + orthogonal, 0
     elif sharding.engine == "fsdp":
-        yield "the update", fp32 // setup.gradient_ranks, 0
+        yield "the update", fp32 // setup.gradient_ranks + orthogonal, 0
         yield copied
     elif sharding.stage == 0:  # a copy of all gradients travels; in half precision they are then copied to fp32
         yield "the all-reduce", c * size, c * min(size, ZERO_0_MESSAGE_ELEMENTS) if setup.world_size > 1 else 0
@@ -321,7 +323,7 @@ def _update(setup: Setup) -> Iterator[tuple[str, int, int]]:
     else:
         share = size // setup.optimizer_ranks
         left = c * (size // setup.gradient_ranks)
-        yield "the gradient norm", left + NORM_BYTES * min(largest, share), 0
+        yield "the gradient norm", left + NORM_BYTES * min(max(sizes), share), 0
         flat = FP32_BYTES * share if c != FP32_BYTES and not sharding.offload else 0
         yield "the update", left + c * share + flat, 0
         yield copied

@@ -22,7 +22,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from model import GPT, KERNELS
 from pretrain import document_mask
-from pretrain.config import EngineConfig, OptimConfig
+from pretrain.config import EngineConfig
 from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.engine.native import NativeEngine
 from pretrain.kernels import Masking, choose_attention
@@ -38,9 +38,9 @@ def count_peak(setup: Setup) -> int:
     with _as_on_a_gpu(), FakeTensorMode(allow_non_fake_inputs=True):
         gpt = GPT(model, kernel, document_mask.DocumentMask(kernel, 0) if setup.document_mask else None)
         with mock.patch.object(gpt, "to", lambda what: _converted(gpt, what)):
-            engine = NativeEngine(gpt, OptimConfig(), EngineConfig(name="native"), setup.precision, CPU, 1)
+            engine = NativeEngine(gpt, setup.optim, EngineConfig(name="native"), setup.precision, CPU, 1)
         tracker = MemTracker()
-        states = [tensor for state in engine._adamw.state.values() for tensor in state.values()]
+        states = [tensor for state in engine._optimizer.state.values() for tensor in state.values()]
         tracker.track_external(gpt, *engine._masters.values(), *states)
         collect = engine._collect_gradients
 
@@ -71,7 +71,7 @@ def measure_peak(setup: Setup, device: torch.device) -> int:
     kernel, _ = choose_attention(model.attention, device, PRECISION_DTYPES[setup.precision], model.head_dim, masking)
     documents = document_mask.DocumentMask(kernel, 1) if masking else None
     engine = NativeEngine(
-        GPT(model, kernel, documents), OptimConfig(), EngineConfig(name="native"), setup.precision, device, 1
+        GPT(model, kernel, documents), setup.optim, EngineConfig(name="native"), setup.precision, device, 1
     )
     tokens = torch.zeros(batch.micro_size, model.seq_len + 1, dtype=torch.int64)
     torch.cuda.reset_peak_memory_stats(device)  # what building took is no step

@@ -132,6 +132,13 @@ class ModelConfig:
     """RMSNorm of each head's queries and keys before RoPE."""
     tie_embeddings: bool | None = None
     """The output head is the token embedding."""
+    zero_init: bool = False
+    """The matrices that write to the residual stream start at zero, so that each block begins as the identity."""
+    logit_softcap: float = 0.0
+    """Logits are bent to stay within ± this: cap × tanh(logits / cap). 0: they are left as they are."""
+    z_loss: float = 0.0
+    """Factor of the z-loss, the mean squared log of the softmax's denominator, which is trained on beside the cross
+    entropy and reported apart from it; 1e-4 is usual. 0: none."""
     dropout: float = 0.1
     """Dropout probability on embeddings, attention and residual branches."""
     attention: Literal["auto", "flash", "flex", "sdpa", "plain"] = "auto"
@@ -293,6 +300,8 @@ def model_problems(model: ModelConfig) -> list[str]:
             f"model.rotary_pct {m.rotary_pct} of model.head_dim {m.head_dim} rotates {m.rotary_dim} numbers: "
             "RoPE turns pairs, so it must be even and at least 2",
         ),
+        (m.logit_softcap < 0, f"model.logit_softcap {m.logit_softcap} must be positive, or 0 for none"),
+        (m.z_loss < 0, f"model.z_loss {m.z_loss} must be positive, or 0 for none"),
         (m.loss_chunks < 1, f"model.loss_chunks {m.loss_chunks} must be at least 1"),
     ]
     return [problem for broken, problem in rules if broken]

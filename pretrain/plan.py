@@ -17,6 +17,7 @@ from pretrain.errors import ConfigError
 from pretrain.gpus import CARDS, FP8_UNITS, PEAK_FLOPS, expected_mfu
 from pretrain.memory import Moment, Setup, Sharding
 from pretrain.model_config import ModelConfig
+from pretrain.optim_config import optim_problems
 
 GB = 1e9
 CHINCHILLA_RATIO = 20  # tokens a parameter, arXiv 2203.15556
@@ -135,7 +136,7 @@ def make_setup(
         if problems:
             raise ConfigError(problems)
         sharding = Sharding.of_deepspeed(settings)
-    return Setup(model, precision, batch, world_size, sharding, document_mask)
+    return Setup(model, precision, batch, world_size, sharding, document_mask, optim)
 
 
 def budget(setup: Setup, gpu: Gpu) -> Budget:
@@ -217,9 +218,10 @@ def _other_engines(setup: Setup, available: int) -> list[str]:
     if not sharding.offload:
         offloading = EngineConfig(zero_stage=2, offload_optimizer=True)
         changes.append((f"{ZERO_2} --engine.offload_optimizer true", offloading))
+    changes = [change for change in changes if not optim_problems(setup.optim, change[1].name)]
     for words, engine in changes:
         for kind in RECOMPUTING[RECOMPUTING.index(setup.model.activation_checkpointing) :]:
-            how = (OptimConfig(), setup.precision, setup.world_size, setup.document_mask)
+            how = (setup.optim, setup.precision, setup.world_size, setup.document_mask)
             changed = make_setup(setup.model, setup.batch, engine, *how)
             if size := memory.largest_micro_size(changed.with_checkpointing(kind), available):
                 more = (

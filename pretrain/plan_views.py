@@ -65,7 +65,7 @@ def course_rows(course: dict[str, Any]) -> list[Row]:
         ("time", days(course["hours"]), f"{course['gpu_hours']:,} GPU hours; without saving and restarts"),
         ("energy", f"{course['energy_kwh']:,} kWh", f"at most: {course['power_w_per_gpu']} W a GPU, without the host"),
         ("cost", f"{course['cost']:,.2f}" if course["cost"] else "give --price_per_gpu_hour", ""),
-        ("a checkpoint", gigabytes(course["checkpoint_gb"] * GB), f"{every or 'at the end'}; 12 bytes a parameter"),
+        ("a checkpoint", gigabytes(course["checkpoint_gb"] * GB), f"{every or 'at the end'}; fp32 weights and moments"),
         (
             "shards to download",
             gigabytes(course["downloaded_gb"] * GB),

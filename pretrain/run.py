@@ -103,6 +103,7 @@ class Run:
             "run": self.config.run.name,
             "parameters": self.config.model.n_parameters,
             "engine": self.engine.name,
+            "optimizer": self.config.optim.name,
             "world_size": self.ranks.world_size,
             "system_info": {**describe_machine(self.device), "mixed_precision": precision},
         }
@@ -210,6 +211,7 @@ class Run:
                 "tokens": progress.tokens,
                 "loss": loss,
                 "val_loss": val_loss,
+                **({} if self.model.z_loss is None else {"z_loss": float(self.model.z_loss)}),
                 **self.shares(),
                 "lr": lr,
                 "grad_norm": result.grad_norm,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.engine.base import ADAM_MOMENTS, ParameterState
+from pretrain.engine.base import ParameterState
 from pretrain.failpoints import failpoint
 
 
@@ -79,7 +79,7 @@ class Snapshot:
 
     Args:
         weights: fp32 by canonical name.
-        moments: fp32 by "exp_avg/NAME" and "exp_avg_sq/NAME".
+        moments: fp32 by "exp_avg/NAME" and "exp_avg_sq/NAME", or "momentum_buffer/NAME".
         weight_map: canonical name -> file, of all ranks.
         total_bytes: of all weights, for the index.
     """
@@ -165,8 +165,9 @@ def take_snapshot(
         snapshot.weight_map[name] = part_name("model", owner, world_size)
         if owner == rank:
             snapshot.weights[name] = copy(name, state["weight"])
-            for moment in ADAM_MOMENTS:
-                snapshot.moments[f"{moment}/{name}"] = copy(f"{moment}/{name}", state[moment])
+            for moment, tensor in state.items():
+                if moment != "weight":
+                    snapshot.moments[f"{moment}/{name}"] = copy(f"{moment}/{name}", tensor)
     buffers.synchronize()
     snapshot.copying.begin()
     return snapshot

@@ -28,6 +28,7 @@ from pretrain.gpus import CARDS, PEAK_FLOPS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
+from pretrain.optim_config import FP32_BYTES, moments_bytes, optim_problems
 from pretrain.plan import GB, Gpu, Speed
 from pretrain.plan_views import (
     comparison_row,
@@ -154,7 +155,8 @@ def course_of(setup: Setup, gpu: Gpu, speed: Speed, config: Config, options: arg
     steps = config.total_steps(0)
     tokens = steps * config.tokens_per_step
     hours = tokens / speed.tokens_per_second / 3600
-    checkpoint = plan.CHECKPOINT_BYTES * plan.padded_parameters(config.model)
+    weights = FP32_BYTES * plan.padded_parameters(config.model)
+    checkpoint = weights + moments_bytes(config.optim, config.model)
     count = checkpoints_of(config, steps, options.shards)
     return {
         "tokens": tokens,
@@ -266,6 +268,7 @@ def choices(setup: Setup, config: Config) -> list[Setup]:
     changes: list[dict[str, Any]] = [{"name": "ddp"}, {"name": "fsdp"}]
     if config.train.precision != "fp8":  # DeepSpeed does not train in it
         changes += [{"name": "deepspeed", "zero_stage": stage} for stage in (0, 1, 2, 3)]
+    changes = [change for change in changes if not optim_problems(config.optim, change["name"])]
     if config.engine.offload_optimizer:  # ZeRO-0 has nothing that it could leave on the host
         changes = [change for change in changes if change.get("zero_stage") != 0]
     engines = [dataclasses.replace(config.engine, **change) for change in changes]

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.failpoints import failpoint
+from pretrain.optim import moments_of_group
+from pretrain.optim_config import ADAM_MOMENTS
 
 # Of the compute weights and of what fp8 does not multiply.
 PRECISION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # Told each phase of a step as it begins: "forward", "backward", "optimizer", and "other" when the step is over. A phase
 # ends where the next one begins; with several micro-batches they come several times.
 Mark = Callable[[str], None]
 
-# Of one parameter: {"weight": …, "exp_avg": …, "exp_avg_sq": …}, each fp32 and of the parameter's full shape.
+# Of one parameter: {"weight": …, "exp_avg": …, "exp_avg_sq": …}, or of Muon's {"weight": …, "momentum_buffer": …}, each
+# fp32 and of the parameter's full shape.
 ParameterState = dict[str, Tensor]
 
 
@@ -161,14 +163,15 @@ def evaluate(module: nn.Module, tokens: Tensor, device: torch.device) -> float:
 
 
 def zero_moments(optimizer: torch.optim.Optimizer, optimizer_steps: int) -> None:
-    """Give every parameter of a torch AdamW the state that its first step would create, with the step count set.
+    """Give every parameter the state that the first step of torch's AdamW or Muon would create, the step count set.
 
     State that exists from the start can be read and written by name before any step was taken.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
-            for moment in ADAM_MOMENTS:
+            for moment in moments_of_group(group):
                 if moment not in state:
                     state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=parameter.device)
+            if moments_of_group(group) == ADAM_MOMENTS:
+                state["step"] = torch.tensor(float(optimizer_steps), dtype=torch.float32, device=parameter.device)

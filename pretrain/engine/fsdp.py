@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.engine.base import (
-    ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
     Mark,
@@ -32,7 +31,7 @@ from pretrain.engine.base import (
     zero_moments,
 )
 from pretrain.errors import ConfigError
-from pretrain.optim import LossScale, build_adamw, parameter_groups
+from pretrain.optim import LossScale, build_optimizer, moments, set_learning_rate
 from pretrain.ranks import Ranks
 
 
@@ -99,16 +98,15 @@ class FsdpEngine:
         self._device = device
         self._clip = optim.clip
         self._reduces_at_the_end = engine.fsdp_reduce == "step"
-        self._adamw = build_adamw(parameter_groups(model.named_parameters(), optim.weight_decay), optim)
-        zero_moments(self._adamw, 0)
+        self._optimizer = build_optimizer(model.named_parameters(), optim)
+        zero_moments(self._optimizer, 0)
         initial_scale = engine.initial_loss_scale if precision == "fp16" else 1.0
         self._loss_scale = LossScale(initial_scale, engine.loss_scale_window)
         self._scales_loss = precision == "fp16"
         self._optimizer_steps = 0
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
             if self._reduces_at_the_end:
@@ -139,11 +137,11 @@ class FsdpEngine:
             if factor != 1.0:
                 torch._foreach_mul_([local(p.grad) for p in self._module.parameters() if p.grad is not None], factor)
             self.before_update()
-            self._adamw.step()
+            self._optimizer.step()
             self._optimizer_steps += 1
         if self._scales_loss:
             self._loss_scale.update(finite)
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         return finite
 
     def evaluate(self, tokens: Tensor) -> float:
@@ -153,9 +151,8 @@ class FsdpEngine:
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
         self._sharded.reshard()  # after an evaluation the root's weights are still whole, in compute precision
         for name, parameter in self._module.named_parameters():
-            state = self._adamw.state[parameter]
-            moments = {moment: full(state[moment]) for moment in ADAM_MOMENTS}
-            yield name, {"weight": full(parameter), **moments}
+            wholes = {moment: full(tensor) for moment, tensor in moments(self._optimizer.state[parameter]).items()}
+            yield name, {"weight": full(parameter), **wholes}
 
     @torch.no_grad()
     def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -168,12 +165,12 @@ class FsdpEngine:
         self.before_update()
         self._sharded.reshard()
         self._optimizer_steps = state.optimizer_steps
-        zero_moments(self._adamw, state.optimizer_steps)
+        zero_moments(self._optimizer, state.optimizer_steps)
         for name, parameter in self._module.named_parameters():
             states = read(name)
             take_share(parameter, states["weight"], self._device)
-            for moment in ADAM_MOMENTS:
-                take_share(self._adamw.state[parameter][moment], states[moment], self._device)
+            for moment, tensor in moments(self._optimizer.state[parameter]).items():
+                take_share(tensor, states[moment], self._device)
         if self._scales_loss:
             self._loss_scale.restore(state.loss_scale, state.finite_steps)
 

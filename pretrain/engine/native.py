@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from pretrain.config import EngineConfig, OptimConfig
 from pretrain.engine.base import (
-    ADAM_MOMENTS,
     PRECISION_DTYPES,
     EngineState,
     Mark,
@@ -29,7 +28,7 @@ from pretrain.engine.base import (
     zero_moments,
 )
 from pretrain.engine.reduction import Reducer
-from pretrain.optim import LossScale, build_adamw, parameter_groups
+from pretrain.optim import LossScale, build_optimizer, moments, set_learning_rate
 
 
 class NativeEngine:
@@ -67,9 +66,8 @@ class NativeEngine:
         self._master_list = list(self._masters.values())
         self._module = placed(model, device, PRECISION_DTYPES[precision])
         self._parameters: list[Tensor] = list(self._module.parameters())
-        groups = parameter_groups(self._masters.items(), optim.weight_decay)
-        self._adamw = build_adamw(groups, optim)
-        zero_moments(self._adamw, 0)
+        self._optimizer = build_optimizer(self._masters.items(), optim)
+        zero_moments(self._optimizer, 0)
         initial_scale = engine.initial_loss_scale if precision == "fp16" else 1.0
         self._loss_scale = LossScale(initial_scale, engine.loss_scale_window)
         self._scales_loss = precision == "fp16"
@@ -77,8 +75,7 @@ class NativeEngine:
         self._reducer = Reducer(self._parameters, self._collect_gradient, world_size) if world_size > 1 else None
 
     def train_step(self, micro_batches: Sequence[Tensor], lr: float) -> StepResult:
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self._optimizer, lr)
         losses = []
         for number, tokens in enumerate(micro_batches, 1):
             self.mark("forward")
@@ -125,12 +122,12 @@ class NativeEngine:
             if factor != 1.0:
                 torch._foreach_mul_([m.grad for m in self._masters.values() if m.grad is not None], factor)
             self.before_update()
-            self._adamw.step()
+            self._optimizer.step()
             self._publish()
             self._optimizer_steps += 1
         if self._scales_loss:
             self._loss_scale.update(finite)
-        self._adamw.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         return finite
 
     def _publish(self) -> None:
@@ -142,8 +139,7 @@ class NativeEngine:
 
     def parameter_states(self) -> Iterator[tuple[str, ParameterState]]:
         for name, master in self._masters.items():
-            state = self._adamw.state[master]
-            yield name, {"weight": master.detach(), **{moment: state[moment] for moment in ADAM_MOMENTS}}
+            yield name, {"weight": master.detach(), **moments(self._optimizer.state[master])}
 
     @torch.no_grad()
     def initialise(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -155,12 +151,12 @@ class NativeEngine:
     def load(self, read: Callable[[str], ParameterState], state: EngineState) -> None:
         self.before_update()
         self._optimizer_steps = state.optimizer_steps
-        zero_moments(self._adamw, state.optimizer_steps)
+        zero_moments(self._optimizer, state.optimizer_steps)
         for name, master in self._masters.items():
             full = read(name)
             master.copy_(full["weight"])
-            for moment in ADAM_MOMENTS:
-                self._adamw.state[master][moment].copy_(full[moment])
+            for moment, tensor in moments(self._optimizer.state[master]).items():
+                tensor.copy_(full[moment])
         self._publish()
         if self._scales_loss:
             self._loss_scale.restore(state.loss_scale, state.finite_steps)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pretrain.engine.base import ADAM_MOMENTS, ParameterState, zero_moments
+from pretrain.engine.base import ParameterState, zero_moments
+from pretrain.optim_config import ADAM_MOMENTS
 
 
 class States(Protocol):

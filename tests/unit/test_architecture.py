@@ -37,7 +37,18 @@ PREPARATION = {
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": (
-        {"config", "config_checks", "errors", "failpoints", "garbage", "gpus", "log", "model_config", "startup"},
+        {
+            "config",
+            "config_checks",
+            "errors",
+            "failpoints",
+            "garbage",
+            "gpus",
+            "log",
+            "model_config",
+            "optim_config",
+            "startup",
+        },
         set(),
     ),
     "model": ({"compiler", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
@@ -166,8 +177,9 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
 }
 # Narrower than their area: the modules (of pretrain) that a module may import besides config, errors and log.
 ONLY: dict[str, set[str]] = {
-    "config": {"model_config"},
+    "config": {"model_config", "optim_config"},
     "model_config": set(),
+    "optim_config": {"model_config"},
     "failpoints": set(),
     "fp8": set(),
     "errors": set(),

@@ -9,6 +9,7 @@ from pretrain.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EngineConfig,
     LogConfig,
     OptimConfig,
     RunConfig,
@@ -131,6 +132,25 @@ def test_every_problem_is_reported_at_once():
     expected = ["n_head 7", "× 3 ranks", "data.source is empty", "optim.lr", "optim.betas", "run.name"]
     assert len(problems) == len(expected)
     assert all(any(word in problem for problem in problems) for word in expected)
+
+
+@pytest.mark.parametrize(
+    ("optim", "engine", "words"),
+    [
+        ({"name": "muon"}, "deepspeed", "which engine.name deepspeed does not train with"),
+        ({"name": "muon", "muon_lr": -1.0}, "ddp", "optim.muon_lr -1.0 must be positive"),
+        ({"name": "muon", "muon_momentum": 1.0}, "ddp", "optim.muon_momentum 1.0 must be in [0, 1)"),
+        ({"muon_lr": 1e-3}, "deepspeed", "optim.muon_lr 0.001 means nothing to adamw"),
+        ({"cooldown": "linear"}, "deepspeed", "optim.cooldown linear means nothing to cosine"),
+        ({"schedule": "wsd", "cooldown_fraction": 0.0}, "deepspeed", "optim.cooldown_fraction 0.0 must be in (0, 1]"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_told(optim, engine, words):
+    (problem,) = validate(make(optim=OptimConfig(**optim), engine=EngineConfig(name=engine)), world_size=8)
+    assert words in problem
+    sound = {"name": "muon", "muon_lr": 1e-2, "schedule": "wsd", "cooldown": "linear"}
+    for name in ("single", "native", "ddp", "fsdp"):
+        assert validate(make(optim=OptimConfig(**sound), engine=EngineConfig(name=name)), world_size=8) == []
 
 
 @pytest.mark.parametrize("url", ["here", "./here/", "elsewhere/../here", "file://here"])

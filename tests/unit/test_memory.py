@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pretrain import memory
-from pretrain.config import BatchConfig
+from pretrain.config import BatchConfig, OptimConfig
 from pretrain.engine import reduction
 from pretrain.engine.native import NativeEngine
 from pretrain.memory import Setup, Sharding
@@ -66,6 +66,8 @@ COUNTED = {
     "chunked loss": setup_of("125M", 8, n_layer=3, seq_len=1024, loss_chunks=8),
     "chunked loss, untied fp32": setup_of("small", 4, precision="fp32", n_layer=2, seq_len=1024, loss_chunks=64),
     "plain attention": setup_of("350M", 2, n_layer=2, seq_len=1024, attention="plain"),
+    "z-loss and soft-cap": setup_of("125M", 8, n_layer=2, seq_len=1024, z_loss=1e-4, logit_softcap=30.0),
+    "z-loss fp32": setup_of("125M", 4, precision="fp32", n_layer=2, seq_len=1024, z_loss=1e-4, dropout=0.0),
     "documents": documents("125M", 8, n_layer=2, seq_len=1024, vocab_size=1000),
     "documents, grouped": documents("large", 4, n_layer=3, n_kv_head=4, seq_len=1024, vocab_size=512),
     "documents, normed and grouped": documents(
@@ -78,6 +80,14 @@ COUNTED = {
 @pytest.mark.parametrize("setup", COUNTED.values(), ids=COUNTED.keys())
 def test_the_predicted_peak_is_what_torch_counts(setup):
     assert memory.peak(setup).total == pytest.approx(count_peak(setup), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", [{"micro": 8, "seq_len": 512}, {"micro": 1, "seq_len": 32}], ids=["loss", "update"])
+def test_the_predicted_peak_under_muon_is_what_torch_counts(shape):
+    setup = setup_of("medium", n_layer=3, vocab_size=1000, dropout=0.0, **shape)
+    under_muon = dataclasses.replace(setup, optim=OptimConfig(name="muon"))
+    assert memory.peak(under_muon).total == pytest.approx(count_peak(under_muon), rel=TOLERANCE)
+    assert memory.peak(under_muon).moments < memory.peak(setup).moments
 
 
 @pytest.mark.slow

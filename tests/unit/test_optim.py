@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -39,6 +40,26 @@ def test_linear_learning_rate_falls_evenly_to_its_end():
 def test_constant_learning_rate_stays_at_its_peak():
     config = OptimConfig(lr=3e-4, warmup_steps=2, schedule="constant")
     assert [learning_rate(step, 4, config) for step in (0, 1, 2, 50)] == pytest.approx([1.5e-4, 3e-4, 3e-4, 3e-4])
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("linear", [0.5, 1, 1, 1, 1, 1, 1, 0.775, 0.55, 0.325, 0.1, 0.1]),
+        ("sqrt", [0.5, 1, 1, 1, 1, 1, 1, 0.55, 1 - 0.9 * 0.5**0.5, 1 - 0.9 * 0.75**0.5, 0.1, 0.1]),
+    ],
+)
+def test_wsd_stays_at_its_peak_and_then_cools_down(form, expected):
+    """Ten steps, of which the last four fall: 1 - sqrt has fallen by half after a quarter of them."""
+    config = replace(SCHEDULE, schedule="wsd", warmup_steps=2, cooldown_fraction=0.4, cooldown=form)
+    assert [learning_rate(step, 10, config) for step in range(12)] == pytest.approx(expected)
+
+
+def test_the_warm_up_comes_before_the_cool_down():
+    config = replace(SCHEDULE, schedule="wsd", warmup_steps=4, cooldown_fraction=1.0, cooldown="linear", min_lr_ratio=0)
+    assert [learning_rate(step, 8, config) for step in range(8)] == pytest.approx(
+        [0.25, 0.5, 0.75, 1, 1, 0.75, 0.5, 0.25]
+    )
 
 
 def test_a_run_shorter_than_its_warm_up_only_warms_up():
