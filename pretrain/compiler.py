@@ -19,7 +19,12 @@ def compile_model(model: nn.Module, device: torch.device, ranks: Ranks) -> None:
     """
     problem = compiler_problem(device)
     if not ranks.any(bool(problem)):
-        model.compile()
+        if device.type == "cpu":
+            from pretrain.decompositions import cpu_backend  # it imports the compiler, which takes a second
+
+            model.compile(backend=cpu_backend)
+        else:
+            model.compile()
         logger.info("the model is compiled at its first step, which takes longer")
     elif ranks.is_first:
         reason = problem or "another rank can't"

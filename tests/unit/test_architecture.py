@@ -36,7 +36,7 @@ PREPARATION = {
 # area: (its modules, the areas it may import besides itself). A new module is given its place here.
 AREAS: dict[str, tuple[set[str], set[str]]] = {
     "base": ({"config", "config_checks", "errors", "failpoints", "gpus", "log", "model_config"}, set()),
-    "model": ({"compiler", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "model": ({"compiler", "decompositions", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "files"}, {"base"}),
     "data": (
         {
