@@ -1,6 +1,7 @@
 """How fast it trains: tokens/s, MFU, share of the machine's own matrix rate, memory, time by phase; and beside others.
 
-    python benchmarks/bench_train.py [--configs NAME,NAME] [--precision bf16,fp32] [--rounds N] [--json] [--save]
+    python benchmarks/bench_train.py [--configs NAME,NAME] [--precision bf16,fp32] [--rounds N] [--eager]
+                                     [--json] [--save]
     python benchmarks/bench_train.py --peers [trainer,litgpt,accelerate,plain] …
 
 Ours is what `train.py --compile` builds and the steps that it takes, with its data pipeline, telemetry and records. The
@@ -174,7 +175,7 @@ class Side:
         self.close()
 
 
-def make_spec(shape: Shape, precision: str, position: str, folder: str) -> Spec:
+def make_spec(shape: Shape, precision: str, position: str, folder: str, flags: str = "best") -> Spec:
     """What the sides are told; the tokens are written here."""
     alias = MODEL_SIZES.get(shape.size)
     layers, heads, width = (
@@ -187,7 +188,7 @@ def make_spec(shape: Shape, precision: str, position: str, folder: str) -> Spec:
     sizes = {"micro_size": shape.micro_size, "global_size": shape.global_size, "seq_len": shape.seq_len}
     model = {"n_layer": layers, "n_head": heads, "d_model": width, "vocab_size": shape.vocab_size}
     return Spec(
-        size=shape.size, **model, **sizes, position=position, precision=precision, flags="best", data=str(data),
+        size=shape.size, **model, **sizes, position=position, precision=precision, flags=flags, data=str(data),
         folder=folder,
     )  # fmt: skip
 
@@ -236,10 +237,10 @@ def check_same(ours: Side, other: Side) -> None:
         raise ConfigError(f"{other.name} trains another model than ours: {of(**theirs)} against {of(**mine)}")
 
 
-def measure(shape: Shape, precision: str, rounds: int, title: str, quiet: bool) -> dict[str, Any]:
+def measure(shape: Shape, precision: str, flags: str, rounds: int, title: str, quiet: bool) -> dict[str, Any]:
     """Our row, alone on the machine."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = make_spec(shape, precision, "learned", folder)
+        spec = make_spec(shape, precision, "learned", folder, flags)
         with Side("ours", "ours.py", sys.executable, spec) as ours:
             take_turns([ours], rounds, shape.steps, title, quiet)
             return describe(ours, shape)
@@ -326,7 +327,8 @@ def run_all(options: argparse.Namespace, shapes: dict[str, Shape]) -> Iterator[t
     for name in options.configs:
         for precision in options.precision:
             key, shape, quiet = f"{name} {precision}", shapes[name], options.json
-            row = measure(shape, precision, options.rounds, key, quiet)
+            flags = "documented" if options.eager else "best"
+            row = {"compiled": not options.eager, **measure(shape, precision, flags, options.rounds, key, quiet)}
             if options.peers:
                 row["peers"] = {
                     peer: compare(shape, precision, PEERS[peer], options.rounds, f"{key} and {peer}", quiet)
@@ -356,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help=f"others to run beside it: {', '.join(PEERS)}",
     )
+    parser.add_argument("--eager", action="store_true", help="ours without torch.compile; not with --peers")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/DEVICE/train.json")
     options = parser.parse_args(argv)
@@ -363,6 +366,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for option, known in (("configs", shapes), ("precision", ("bf16", "fp32")), ("peers", PEERS)):
             if unknown := [word for word in getattr(options, option) if word not in known]:
                 raise ConfigError(f"--{option} {unknown[0]!r} is none of {', '.join(known)}")
+        if options.eager and options.peers:
+            raise ConfigError("--eager is of ours alone, and --peers compares with ours at its best", "Leave one out.")
         if options.rounds < 1:
             raise ConfigError("--rounds must be at least 1")
         found = dict(run_all(options, shapes))

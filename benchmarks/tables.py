@@ -1,7 +1,7 @@
 """The figures that README quotes, written from benchmarks/results: nobody types them.
 
-    python benchmarks/tables.py           # writes README's section anew
-    python benchmarks/tables.py --check   # exit code 1 where README says anything else
+python benchmarks/tables.py           # writes README's section anew
+python benchmarks/tables.py --check   # exit code 1 where README says anything else
 """
 
 from __future__ import annotations
