@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ LEAST_BLOCK, MOST_BLOCKS = 128, 4  # queries; the compiled graph grows with the 
 
 def cpu_backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Torch's own compiler, with the operations of this module; a backend of torch.compile."""
-    with torch.compiler.config.patch(cache_key_tag=_tag()):  # the compiler's cache knows nothing of decompositions
-        compiled: Callable[..., Any] = compile_fx(graph, inputs, decompositions=cpu_table())
+    # Not by compile_fx's own argument: with a table that is given there, no compiled code is cached. Its cache knows
+    # nothing of the table that it finds, so the tag tells it.
+    with mock.patch.dict(select_decomp_table(), OURS), torch.compiler.config.patch(cache_key_tag=_tag()):
+        compiled: Callable[..., Any] = compile_fx(graph, inputs)
     return compiled
 
 
@@ -39,17 +42,6 @@ def cpu_backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
 def _tag() -> str:
     """Of this very text, so that what an earlier one compiled is not taken for ours."""
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-
-
-@functools.cache
-def cpu_table() -> dict[Any, Callable[..., Any]]:
-    """Torch's table of decompositions with ours in it."""
-    return {
-        **select_decomp_table(),
-        aten.gelu.default: gelu,
-        aten.gelu_backward.default: gelu_backward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
-    }
 
 
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
@@ -130,3 +122,10 @@ def _joined(parts: list[Tensor], block: int, shape: tuple[int, ...]) -> Tensor:
         later = [part[:, begin:end].float() for part in parts[number + 1 :]]
         pieces.append(sum(later, own[:, begin:end].float()).to(own.dtype))
     return torch.cat(pieces, 1).view(shape)
+
+
+OURS: dict[Any, Callable[..., Any]] = {
+    aten.gelu.default: gelu,
+    aten.gelu_backward.default: gelu_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default: attention_backward,
+}

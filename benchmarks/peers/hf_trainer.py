@@ -20,12 +20,14 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, spec: Spec) -> None:
         self._tokens = windows(spec)[:, :-1]
+        self._labels = self._tokens.clone()
+        self._labels[:, 0] = -100  # nobody predicts the first; said, the Trainer does not count it in its mean
 
     def __len__(self) -> int:
         return len(self._tokens)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
+        return {"input_ids": self._tokens[index], "labels": self._labels[index]}
 
 
 class Turns(TrainerCallback):  # type: ignore[misc, unused-ignore]
