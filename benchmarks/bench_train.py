@@ -47,6 +47,7 @@ HERE = Path(__file__).resolve().parent / "peers"
 GOAL_DOCUMENTED, GOAL_BEST = 1.25, 1.1
 WINDOWS = 1024  # in the stream of tokens that everybody trains on
 SAME_LOSS = 0.15  # nats that the first losses of two draws of the same model may lie apart
+SHARED_MICRO_SIZE = 4  # beside peers, for three processes then share the card that one would fill
 BATCH_TOKENS = 2**19  # of a step on a GPU
 
 
@@ -249,10 +250,10 @@ def measure(shape: Shape, precision: str, flags: str, rounds: int, title: str, q
 def compare(shape: Shape, precision: str, peer: Peer, rounds: int, title: str, quiet: bool) -> dict[str, Any]:
     """A peer's row: its tokens/s by flags, and how many times as fast ours is."""
     python = python_of(peer.environment)
+    shape = shape if shape.micro_size else replace(shape, micro_size=SHARED_MICRO_SIZE)
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         spec = make_spec(shape, precision, peer.position, folder)
         ours = stack.enter_context(Side("ours", "ours.py", sys.executable, spec))
-        spec = replace(spec, micro_size=ours.hello["micro_size"])
         others = [
             stack.enter_context(Side(f"{peer.title} {flags}", peer.script, python, replace(spec, flags=flags)))
             for flags in ("documented", "best")
