@@ -186,8 +186,8 @@ def make_spec(shape: Shape, precision: str, position: str, folder: str, flags: s
     data.parent.mkdir(exist_ok=True)
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, WINDOWS * shape.seq_len + 1, dtype=np.uint16)
     np.savez(data, input_ids=tokens)
-    sizes = {"micro_size": shape.micro_size, "global_size": shape.global_size, "seq_len": shape.seq_len}
-    model = {"n_layer": layers, "n_head": heads, "d_model": width, "vocab_size": shape.vocab_size}
+    sizes: dict[str, Any] = {"micro_size": shape.micro_size, "global_size": shape.global_size, "seq_len": shape.seq_len}
+    model: dict[str, Any] = {"n_layer": layers, "n_head": heads, "d_model": width, "vocab_size": shape.vocab_size}
     return Spec(
         size=shape.size, **model, **sizes, position=position, precision=precision, flags=flags, data=str(data),
         folder=folder,
@@ -264,7 +264,7 @@ def compare(shape: Shape, precision: str, peer: Peer, rounds: int, title: str, q
         tokens = shape.steps * shape.global_size * shape.seq_len
 
         def speed(side: Side) -> float:
-            return round(statistics.median(tokens / turn["seconds"] for turn in side.turns), 1)
+            return float(round(statistics.median(tokens / turn["seconds"] for turn in side.turns), 1))
 
         def times(other: Side, of: str) -> list[float]:
             return [round(b[of] / a[of], 3) for a, b in zip(ours.turns, other.turns, strict=True)]

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -33,9 +33,9 @@ def cpu_backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Torch's own compiler, with the operations of this module; a backend of torch.compile."""
     # Not by compile_fx's own argument: with a table that is given there, no compiled code is cached. Its cache knows
     # nothing of the table that it finds, so the tag tells it.
-    with mock.patch.dict(select_decomp_table(), OURS), torch.compiler.config.patch(cache_key_tag=_tag()):
-        compiled: Callable[..., Any] = compile_fx(graph, inputs)
-    return compiled
+    settings: Any = torch.compiler.config
+    with mock.patch.dict(select_decomp_table(), OURS), settings.patch(cache_key_tag=_tag()):
+        return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
 @functools.cache
@@ -47,8 +47,7 @@ def _tag() -> str:
 def gelu(x: Tensor, approximate: str = "none") -> Tensor:
     """GELU; its tanh form by a sigmoid, which takes half as long: ½(1 + tanh z) = σ(2z)."""
     if approximate != "tanh":
-        exact: Tensor = torch_gelu(x, approximate)
-        return exact
+        return cast(Tensor, torch_gelu(x, approximate))
     y = x.float()
     return (y * _gate(y)).to(x.dtype)
 

@@ -7,10 +7,14 @@ on a CPU, too, and cross entropy in one piece.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import lightning as L
 import torch
 from litgpt import GPT, Config
 from litgpt.utils import chunked_cross_entropy
+from torch import Tensor
 from torch.utils.data import DataLoader
 from worker import Spec, count_parameters, read_spec, serve, windows
 
@@ -60,8 +64,9 @@ def main() -> None:
             module.parameters(), lr=spec.lr, betas=spec.betas, weight_decay=spec.weight_decay, fused=fused
         )
     )
-    loader = fabric.setup_dataloaders(DataLoader(windows(spec), spec.micro_size, shuffle=True, drop_last=True))
-    batches = iter(())
+    stream: Any = windows(spec)
+    loader = fabric.setup_dataloaders(DataLoader(stream, spec.micro_size, shuffle=True, drop_last=True))
+    batches: Iterator[Tensor] = iter(())
     chunk = 0 if spec.is_best else 128
 
     def step() -> float:
