@@ -31,7 +31,14 @@ def compile_model(model: nn.Module, device: torch.device, ranks: Ranks, mode: st
     problem = compiler_problem(device)
     START.ended("compiler")
     if not ranks.any(bool(problem)):
-        model.compile(mode=mode)
+        if device.type == "cpu":
+            from pretrain.decompositions import cpu_backend  # it imports the compiler, which takes a second
+
+            if mode != "default" and ranks.is_first:
+                logger.warning("train.compile_mode %s is for GPUs: compiled as a CPU always is", mode)
+            model.compile(backend=cpu_backend)
+        else:
+            model.compile(mode=mode)
         where = os.environ.get(CACHE_VARIABLE, "torch's own place")
         logger.info(
             "the model is compiled at its first step, which takes longer; what is compiled is kept in %s", where

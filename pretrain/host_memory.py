@@ -6,6 +6,8 @@ parameter that is read or drawn, and a checkpoint on its way to the disk.
 
 from __future__ import annotations
 
+import ctypes
+import platform
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ from pretrain.optim_config import largest_state_bytes, moments_bytes
 
 # Of one process: Python, torch and what else is imported; beside a GPU CUDA's context, too. Assumed, not measured.
 PROCESS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
     # a container's limit, what is taken of it, and the part of that which the kernel gives back when asked
@@ -40,6 +43,18 @@ def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
         # a resume reads one parameter at a time, with both moments
         held = max(largest_state_bytes(setup.optim, setup.model), saved) + offloaded
     return local_ranks * (PROCESS_BYTES[kind] + held)
+
+
+def keep_freed() -> bool:
+    """Have the process keep what it frees for its next allocation; returns whether it does: with glibc alone.
+
+    A step allocates the same tensors again and again. Given back, each page must be fetched and zeroed anew by the
+    kernel, and that takes longer than what is then written into it. What it takes at most stays the same.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
 
 
 def total_bytes() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from pretrain import budget, failpoints, hardware, log, ranks
+from pretrain import budget, failpoints, hardware, host_memory, log, ranks
 from pretrain.alike import check_alike
 from pretrain.arguments import ROOT
 from pretrain.budget import Prediction
@@ -34,6 +34,8 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
         torch.use_deterministic_algorithms(True)
     device = hardware.resolve_device(ranks.local_ranks()[0])
     hardware.check_precision(device, config.train.precision)
+    if device.type == "cpu":
+        host_memory.keep_freed()
     me = ranks.join(device, config.train.timeout_minutes)
     failpoints.arm(me.rank)
     log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)

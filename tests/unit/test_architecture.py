@@ -51,7 +51,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
-    "model": ({"compiler", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
+    "model": ({"compiler", "decompositions", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
     "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "embedded", "files"}, {"base"}),
     "data": (
         {

@@ -17,7 +17,7 @@ from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # options of the scripts and launchers that pages show beside train.py's
-TRAIN_COMMAND = re.compile(r"train\.py[^\n`]*")
+TRAIN_COMMAND = re.compile(r"\btrain\.py[^\n`]*")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

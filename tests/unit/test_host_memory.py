@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
 
@@ -8,6 +12,8 @@ from pretrain import host_memory, memory
 from pretrain.config import BatchConfig
 from pretrain.memory import Setup, Sharding
 from pretrain.model_config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def setup_of(world_size: int = 1, **sharding) -> Setup:
@@ -54,3 +60,27 @@ def test_an_older_container_tells_it_elsewhere(tmp_path, monkeypatch):
     (tmp_path / "memory" / "memory.usage_in_bytes").write_text("700000\n")
     (tmp_path / "memory" / "memory.stat").write_text("total_inactive_file 100000\n")
     assert (host_memory.total_bytes(), host_memory.free_bytes()) == (1_000_000, 400_000)
+
+
+def test_memory_that_was_freed_is_not_fetched_from_the_kernel_again():
+    """In a process of its own: the setting can't be taken back."""
+    program = """
+import resource
+import numpy as np
+from pretrain.host_memory import keep_freed
+kept = keep_freed()
+faults = []
+for _ in range(3):
+    np.empty(50_000_000, np.uint8).fill(1)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(kept, faults[2] - faults[1])
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    kept, faults = ended.stdout.split()
+    assert kept == str(platform.libc_ver()[0] == "glibc")
+    assert kept == "False" or int(faults) < 100  # of 12,207 pages
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    assert not host_memory.keep_freed()

@@ -1,0 +1,73 @@
+"""The figures that README quotes, written from benchmarks/results: nobody types them.
+
+python benchmarks/tables.py           # writes README's section anew
+python benchmarks/tables.py --check   # exit code 1 where README says anything else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed: written by benchmarks/tables.py -->", "<!-- end of speed -->"
+TITLES = {"trainer": "transformers Trainer", "litgpt": "litgpt", "accelerate": "Accelerate", "plain": "plain PyTorch"}
+
+
+def speed_section(results: Path) -> str:
+    """How many times as fast as the others ours is, by device and config; and what was missed.
+
+    Args:
+        results: the folder with DEVICE/train.json.
+    """
+    lines: list[str] = []
+    for path in sorted(results.glob("*/train.json")):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        rows = tree["rows"]
+        peers = [peer for peer in TITLES if any(peer in row.get("peers", {}) for row in rows.values())]
+        lines += [f"| {path.parent.name} | tokens/s | of matrix rate | {' | '.join(TITLES[p] for p in peers)} |"]
+        lines += ["|---" * (3 + len(peers)) + "|"]
+        lines += [_row(key, row, peers) for key, row in rows.items()]
+        missed = [f"{c['name']} {c['value']:g} (goal {c['goal']:g})" for c in tree["checks"] if not c["passed"]]
+        lines += ["", f"Missed: {', '.join(missed)}." if missed else "Every goal was met.", ""]
+    if not lines:
+        lines = ["Nothing was measured on a quiet machine yet.", ""]
+    return "\n".join([BEGIN, *lines[:-1], END])
+
+
+def _row(key: str, row: dict[str, Any], peers: Sequence[str]) -> str:
+    ratios = [
+        f"{found['documented']['ours_is_faster']:.2f} / {found['best']['ours_is_faster']:.2f}" if found else "–"
+        for found in (row.get("peers", {}).get(peer) for peer in peers)
+    ]
+    return f"| {key} | {row['tokens_per_second']:,.0f} | {row['of_matrix_rate']:.0%} | {' | '.join(ratios)} |"
+
+
+def rewritten(text: str, section: str) -> str:
+    """The text with the section between the marks, both of which must be there once."""
+    before, found, rest = text.partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    assert found and ended, f"the marks {BEGIN} and {END} are missing"
+    return before + section + after
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write or check README's section; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where README is behind")
+    options = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    right = rewritten(text, speed_section(ROOT / "benchmarks" / "results"))
+    if options.check:
+        return int(text != right)
+    README.write_text(right, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
