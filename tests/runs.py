@@ -41,7 +41,7 @@ from pretrain.uploads import list_commits
 ROOT = Path(__file__).resolve().parent.parent
 RUN = "tiny"
 VOCAB_SIZE, SEQ_LEN = 257, 32
-PATIENCE_S = 120.0  # for a machine that is busy with something else; nothing here takes long by itself
+PATIENCE_S = 240.0  # for a machine that is busy with something else; nothing here takes long by itself
 MARK = "TRAINING_PROCESS"  # in the environment of every process of one start
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -66,6 +66,7 @@ def test_a_disk_full_of_checkpoints_stops_the_run_and_loses_none(
 
 
 @pytest.mark.chaos(14)
+@pytest.mark.slow  # test_faults.py fills one in the ordinary suite
 def test_a_disk_full_of_shards_stops_the_start_and_leaves_no_half_of_one(folder, small_disk, baseline, score: Score):
     make_shards(folder / "shards", 6, 200_000)  # 2.4 MB of tokens
     cache = small_disk / "cache"

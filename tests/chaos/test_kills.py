@@ -23,6 +23,7 @@ STARTS_WITHIN_S = 6.0  # a random moment before the first step lies in here
 STEP_WITHIN_S = 0.05  # and one between two steps in here
 SYNCHRONOUS = "--no-background-upload"  # a save is committed before the next step: what is lost has an exact bound
 UPLOAD = "POST /upload"
+ENDS_WITHIN_S = 10.0  # beside other work; a stalled upload is given up after a minute
 
 
 def disk(folder: Path, name: str) -> Path:
@@ -74,7 +75,7 @@ def killed_chain(
 
 
 @pytest.mark.chaos(1)
-@repeated(few=3, of_20=20)
+@repeated(few=1, of_20=20)  # test_supervise.py kills a rank and the launcher in the ordinary suite
 def test_a_run_killed_at_random_loses_nothing(tmp_path, bucket_url, baseline, score, times):
     two_ranks = times // 4
     native, zero2 = (*OPTIONS, SYNCHRONOUS), (*OPTIONS, *ZERO2_BF16)
@@ -103,6 +104,12 @@ PASSES = {"loop": 2 * INTERVAL, "loss": 8 * INTERVAL, "cache": 3}  # how often a
 KEEPS_TWO = ("--checkpoint.keep", "2")  # something is pruned at every save after the second
 RAW_TEXT = "prepare."  # tests/integration/test_raw_text.py
 NEEDS_ROLLBACK = "loop.after_rollback"
+ONE_OF_EACH_PART = (
+    "checkpoint.after_write",
+    "upload.before_commit",
+    "prune.bucket_after_manifest",
+    "cache.after_rename",
+)
 POISONED_STEPS = 2
 POISON = f"loss.poison:33-{32 + 4 * POISONED_STEPS}:poison"  # four micro-batches a step: steps 9 and 10 of a start
 
@@ -138,7 +145,14 @@ def failpoint_chain(
 
 
 @pytest.mark.chaos(2)
-@repeated(few=1, of_20=2)
+@pytest.mark.parametrize("points", [pytest.param(ONE_OF_EACH_PART, id="few")])
+def test_a_run_killed_in_each_of_its_parts_loses_nothing(folder, bucket_url, baseline, score, points):
+    options = (*OPTIONS, *KEEPS_TWO, SYNCHRONOUS)
+    failpoint_chain(folder, baseline(*OPTIONS), score, list(points), options=options, url=bucket_url, ranks=0)
+
+
+@pytest.mark.chaos(2)
+@repeated(few=0, of_20=2)
 def test_a_run_killed_at_every_failpoint_loses_nothing(tmp_path, bucket_url, baseline, score, times):
     options = (*OPTIONS, *KEEPS_TWO, "--train.max_skipped", str(POISONED_STEPS - 1))
     tasks = []
@@ -244,7 +258,7 @@ def test_a_second_sigterm_ends_an_upload_at_once_and_tears_no_commit(
                 signalled = time.monotonic()
                 training.signal(signal.SIGTERM)
                 code = training.wait().code
-                score.at_most("until_ended", round(time.monotonic() - signalled, 2), 2, "s")
+                score.at_most("until_ended", round(time.monotonic() - signalled, 2), ENDS_WITHIN_S, "s")
                 assert code == 128 + signal.SIGTERM, training.output
             chain.interrupted()
             fault_proxy.clear()

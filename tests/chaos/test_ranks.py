@@ -48,7 +48,7 @@ def shards_of(folder: Path) -> tuple[Shard, ...]:
 
 
 @pytest.mark.chaos(16)
-@pytest.mark.slow  # tests/integration/test_resume.py does one change of each kind in the ordinary suite
+@pytest.mark.slow  # tests/integration/test_resume.py changes both in the ordinary suite
 def test_every_window_is_taken_exactly_once_over_changing_ranks_and_engines(folder, score: Score):
     shards = shards_of(folder)
     batches = Batches(shards, seq_len=SEQ_LEN, global_size=GLOBAL_SIZE, seed=1234, shuffle_shards=SHUFFLE_SHARDS)

@@ -92,7 +92,7 @@ def test_a_commit_whose_reply_is_lost_is_known_as_our_own(
 
 
 @pytest.mark.chaos(5)
-@repeated(few=1, of_20=4)
+@repeated(few=0, of_20=4)  # test_resume.py has two in the ordinary suite
 def test_of_two_trainers_on_one_run_one_ends_it_and_the_other_stops_in_time(
     tmp_path, bucket_url, baseline, score, times
 ):

@@ -46,34 +46,34 @@ def run_json(tool, capsys, *words):
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_archives_of_every_kind_mix_in_one_run_and_the_losses_are_the_uninterrupted_ones(folder, bucket_url, capsys):
+def test_archives_mix_in_one_run_and_the_losses_are_the_uninterrupted_ones(folder, bucket_url, capsys):
     whole = folder / "whole"
     make_shards(whole / "shards")
     options = ("--checkpoints", bucket_url, "--resume", "auto", "--checkpoint.keep", "0")
     schedule = ("--optim.schedule", "constant")
-    assert train(whole, *schedule, "--max-steps", "9").code == 0
-    for kind, ranks, step in (("tar.zst", 1, 3), ("none", 1, 6), ("tar.gz", 1, 9), ("tar", 2, 12)):
+    assert train(whole, *schedule, "--max-steps", "6").code == 0
+    for kind, ranks, step in (("tar.zst", 1, 3), ("none", 1, 6), ("tar", 2, 9)):
         ended = train(folder, *options, *schedule, "--checkpoint.archive", kind, "--max-steps", str(step), ranks=ranks)
         assert ended.code == 0, ended.output
         made = [name for name in objects(bucket_url, step) if name.startswith("rank-")]
         assert len(made) == (0 if kind == "none" else ranks) and all(name.endswith(f".{kind}") for name in made)
         assert any(name.endswith(".safetensors") for name in objects(bucket_url, step)) == (kind == "none")
         remove_local_checkpoints(folder)
-    assert commits(bucket_url) == [3, 6, 9, 12]
+    assert commits(bucket_url) == [3, 6, 9]
     resumed = losses(folder)
-    assert len(resumed) == 12
-    assert {step: resumed[step] for step in range(1, 10)} == losses(whole)  # then there are two ranks
+    assert len(resumed) == 9
+    assert {step: resumed[step] for step in range(1, 7)} == losses(whole)  # then there are two ranks
 
     code, found = run_json(upload_manager, capsys, "verify", "--url", bucket_url)
     assert code == 0
     code, found = run_json(checkpoint_viewer, capsys, "list", "--url", bucket_url)
     rows = [(row["step"], row["where"], row["verified"], row["loss"] is not None) for row in found["checkpoints"]]
-    assert rows == [(step, "bucket", True, True) for step in (3, 6, 9, 12)]
+    assert rows == [(step, "bucket", True, True) for step in (3, 6, 9)]
     assert run_json(upload_manager, capsys, "download", "latest", "--url", bucket_url)[1]["downloaded"] is True
     assert run_json(upload_manager, capsys, "download", "latest", "--url", bucket_url)[1]["downloaded"] is False
     state = final_state(folder)
     remove_local_checkpoints(folder)
-    assert train(folder, *options, *schedule, "--max-steps", "12").code == 0
+    assert train(folder, *options, *schedule, "--max-steps", "9").code == 0
     assert differing(state, final_state(folder)) == []
 
 

@@ -185,7 +185,9 @@ def test_the_embedded_buckets_port_in_use_is_named(tmp_path):
         port = str(taken.getsockname()[1])
         command = [sys.executable, str(ROOT / "scripts" / "embedded_bucket.py"), "--root", str(tmp_path / "root")]
         command += ["--port", port, "--endpoint-file", str(tmp_path / "endpoint")]
-        done = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env=plain_environment(), capture_output=True, text=True, timeout=120, check=False
+        )
     assert_refused(Ended(done.returncode, done.stdout + done.stderr), 4, f"port {port}", "in use", "--port 0")
     assert not (tmp_path / "endpoint").exists()
 
@@ -214,7 +216,8 @@ def test_a_prefix_without_shards_says_what_is_there_instead(folder, shards_in_bu
     assert_refused(train(folder, "--data", f"{shards_in_bucket}/notes"), 3, "found 1 other objects", "readme.txt")
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+# two ranks and a bad shard: test_streaming.py in the ordinary suite
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_truncated_shard_stops_the_run_with_one_line_however_many_ranks_see_it(folder, bucket_url, ranks):
     path = sorted((folder / "shards").iterdir())[3]
     path.write_bytes(path.read_bytes()[:300])
@@ -266,7 +269,7 @@ def test_a_bucket_that_is_closed_says_what_opens_it(folder, shards_in_bucket, fa
 def test_a_bucket_that_never_answers_is_given_up_within_the_deadline(folder, shards_in_bucket, fault_proxy):
     fault_proxy.inject("stall", times=-1)
     ended = train(folder, "--data", shards_in_bucket, "--checkpoints", "gs://fake/x", "--resume", "auto", *GIVES_UP)
-    assert_refused(ended, 4, "list gs://fake/x", "gave up after", "in 1 s", "timed out", "storage.deadline_s")
+    assert_refused(ended, 4, "list gs://fake/x", "gave up after", "timed out", "storage.deadline_s")
     assert "step 1/" not in ended.output  # what can't be read is no reason to start afresh
 
 

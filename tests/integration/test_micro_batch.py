@@ -25,20 +25,21 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_run_with_auto_is_the_run_with_the_number(tmp_path: Path):
     make_shards(tmp_path / "shards")
     words = ["--max-steps", "4", "--checkpoint.every_steps", "2"]
-    auto = train(tmp_path, *words, "--run", "auto", "--batch.micro_size", "auto", ranks=2)
-    typed = train(tmp_path, *words, "--run", "typed", "--batch.micro_size", "4", ranks=2)
+    auto = train(tmp_path, *words, "--run", "auto", "--batch.micro_size", "auto")
+    typed = train(tmp_path, *words, "--run", "typed", "--batch.micro_size", "8")
     assert auto.code == typed.code == 0, auto.output + typed.output
-    assert "batch.micro_size auto: 4 (the plan against the free memory of this host" in auto.output
-    assert "8 = 4 × 1 accumulated × 2 ranks" in auto.output
+    assert "batch.micro_size auto: 8 (the plan against the free memory of this host" in auto.output
+    assert "8 = 8 × 1 accumulated × 1 ranks" in auto.output
     assert losses(tmp_path, "auto") == losses(tmp_path, "typed") and len(losses(tmp_path, "auto")) == 4
     assert not differing(final_state(tmp_path, "auto"), final_state(tmp_path, "typed"))
     (saved,) = (tmp_path / "checkpoints" / "auto").glob("checkpoint-epoch0-step4-*/config.yaml")
-    assert yaml.safe_load(saved.read_text())["batch"] == {"global_size": 8, "micro_size": 4}
+    assert yaml.safe_load(saved.read_text())["batch"] == {"global_size": 8, "micro_size": 8}
 
     # another machine, another number of ranks: the global batch is what counts
-    more = train(tmp_path, "--max-steps", "6", "--run", "auto", "--batch.micro_size", "auto", "--resume", "auto")
+    again = ("--run", "auto", "--batch.micro_size", "auto", "--resume", "auto")
+    more = train(tmp_path, "--max-steps", "6", *again, ranks=2)
     assert more.code == 0, more.output
-    assert "8 = 8 × 1 accumulated × 1 ranks" in more.output and "resumed checkpoint-epoch0-step4-" in more.output
+    assert "8 = 4 × 1 accumulated × 2 ranks" in more.output and "resumed checkpoint-epoch0-step4-" in more.output
     assert list(losses(tmp_path, "auto")) == list(range(1, 7))
 
 

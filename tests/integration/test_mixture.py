@@ -66,6 +66,7 @@ def test_a_killed_run_takes_the_windows_it_would_have_taken(disk, alone):
     assert differing(final_state(folder), final_state(alone[0])) == []
 
 
+@pytest.mark.slow  # tests/unit/test_mixture.py holds how the ranks split a step
 def test_two_ranks_take_the_same_windows_together(disk, alone):
     folder = disk("two-ranks")
     ended = train(folder, *OPTIONS, "--model.dropout", "0", "--max-steps", "10", ranks=2)

@@ -60,14 +60,17 @@ def test_a_family_trains_and_resumes_to_the_last_bit(tmp_path, family):
     assert names == {name.rpartition(".")[0] for name, _ in parameter_shapes(config)}
 
 
-def test_samples_are_shown_and_recorded_and_change_nothing(tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_samples_are_shown_and_recorded_and_change_nothing(tmp_path, ranks):
     for name in ("with", "without"):
         make_shards(tmp_path / name / "shards")
         make_shards(tmp_path / name / "val", 1)
         add_tokenizer(tmp_path / name / "shards")
     options = ("--data.val_source", "val", "--train.eval_interval", "3", "--train.max_steps", "6")
-    sampled = train(tmp_path / "with", *options, "--log.sample_prompt", "the walk", "--log.sample_tokens", "8", ranks=2)
-    assert sampled.code == 0 and train(tmp_path / "without", *options, ranks=2).code == 0
+    sampled = train(
+        tmp_path / "with", *options, "--log.sample_prompt", "the walk", "--log.sample_tokens", "8", ranks=ranks
+    )
+    assert sampled.code == 0 and train(tmp_path / "without", *options, ranks=ranks).code == 0
     assert "step 3, sample: the walk" in sampled.output
     events = [json.loads(line) for line in (tmp_path / "with/logs/tiny/events.jsonl").read_text().splitlines()]
     samples = [event for event in events if event["kind"] == "sample"]

@@ -114,24 +114,24 @@ def test_a_run_killed_on_two_ranks_under_zero_2_resumes_as_if_it_never_was(folde
     assert damaged_steps(f"{bucket_url}/killed") == []
 
 
-def test_a_checkpoint_resumes_on_other_ranks_and_another_engine(folder, tmp_path):
+@pytest.mark.parametrize(
+    "passages",
+    [[(1, "native")], pytest.param([(1, "deepspeed"), (2, "native")], marks=pytest.mark.slow)],
+    ids=["both", "each"],
+)
+def test_a_checkpoint_resumes_on_other_ranks_and_another_engine(folder, passages):
     # Dropout is off: its seed is (seed, step, rank), so another number of ranks draws other masks.
     options = ("--max-steps", "16", "--checkpoint.every_steps", "6", "--model.dropout", "0", "--resume", "auto")
     alone = train(folder, *options, "--engine", "deepspeed", ranks=2)
     assert alone.code == 0, alone.output
-    one_rank, native = another(folder, "one-rank"), another(folder, "native")
-    for machine in (one_rank, native):
-        (middle,) = (folder / "checkpoints" / RUN).glob("checkpoint-*-step6-*")
-        shutil.copytree(middle, machine / "checkpoints" / RUN / middle.name)
-    with (
-        TrainingProcess(one_rank, *options, "--engine", "deepspeed") as first,
-        TrainingProcess(native, *options, "--engine", "native", ranks=2) as second,
-    ):
-        for ended, engine, ranks in ((first.wait(), "deepspeed", 1), (second.wait(), "native", 2)):
-            assert ended.code == 0, ended.output
-            assert f"engine {engine}, fp32, {ranks} rank" in ended.output and "step6-files" in ended.output
+    (middle,) = (folder / "checkpoints" / RUN).glob("checkpoint-*-step6-*")
     expected = losses(folder)
-    for machine in (one_rank, native):
+    for ranks, engine in passages:
+        machine = another(folder, f"{engine}-{ranks}")
+        shutil.copytree(middle, machine / "checkpoints" / RUN / middle.name)
+        ended = train(machine, *options, "--engine", engine, ranks=ranks)
+        assert ended.code == 0, ended.output
+        assert f"engine {engine}, fp32, {ranks} rank" in ended.output and "step6-files" in ended.output
         assert list(losses(machine)) == list(range(7, 17))
         for step, measured in losses(machine).items():
             assert measured == pytest.approx(expected[step], rel=RELATIVE_TOLERANCE)
@@ -165,11 +165,17 @@ def test_what_a_kill_of_the_launcher_kept_from_the_bucket_is_uploaded_by_the_nex
 # ---- stopped ----
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    # tests/unit/test_launch.py passes a Ctrl+C on to every rank in the ordinary suite, and test_stopping.py answers it
+    [(signal.SIGTERM,), pytest.param((signal.SIGTERM, signal.SIGINT), marks=pytest.mark.slow)],
+    ids=["SIGTERM", "both"],
+)
 def test_sigterm_and_ctrl_c_save_and_the_resumed_run_goes_on_as_if_never_stopped(
-    folder, bucket_url, without_a_compiler
+    folder, bucket_url, without_a_compiler, numbers
 ):
     options = (*NATIVE_BF16, "--checkpoints", bucket_url, "--resume", "auto")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         with TrainingProcess(folder, *options, ranks=2) as training:
             before = training.step
             training.until_step(before + 5)
@@ -240,7 +246,8 @@ def replace_an_object(url: str, step: int, scratch: Path) -> None:
 # ---- two trainers on one run ----
 
 
-@pytest.mark.parametrize("winner", ["first", "second"])
+# an old attempt that wakes up when a new one has won: tests/chaos/test_writers.py in the ordinary suite
+@pytest.mark.parametrize("winner", ["first", pytest.param("second", marks=pytest.mark.slow)])
 def test_of_two_trainers_on_one_run_one_ends_it_and_the_other_stops(folder, bucket_url, winner):
     # Each in turn is frozen where it is, so that who commits first is no matter of luck. With one checkpoint kept, the
     # loser finds none of the steps that it would commit.
@@ -298,6 +305,7 @@ def test_other_launchers_train_on_two_ranks(folder, launcher, arguments, engine)
     assert f"engine {engine}, fp32, 2 ranks" in ended.output and len(losses(folder)) == 3
 
 
+@pytest.mark.slow  # test_telemetry.py reads what such a run shows in the ordinary suite
 def test_a_resumed_run_is_the_same_run_on_weights_and_biases(folder):
     options = ("--wandb", "--resume", "auto", "--checkpoint.every_steps", "2")
     environment = plain_environment(WANDB_MODE="offline")

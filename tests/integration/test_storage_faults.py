@@ -18,7 +18,7 @@ from pretrain.storage import ObjectExists, ObjectStore, open_store
 from tests.emulators import Emulator, embedded_bucket
 from tests.fault_proxy import FaultProxy
 
-CONFIG = StorageConfig(deadline_s=20.0, timeout_s=10.0, max_backoff_s=0.001)
+CONFIG = StorageConfig(deadline_s=60.0, timeout_s=30.0, max_backoff_s=0.001)
 SMALL = os.urandom(300_000)
 BIG = os.urandom(9 << 20)  # above 8 MiB the client uploads in chunks, within a resumable session
 
@@ -35,7 +35,7 @@ def store(
     """A store behind the proxy; patient, except where the test is about a stall."""
     monkeypatch.setattr(gcs_module, "CHUNK_BYTES", 4 << 20)
     stalls = "stall" in request.node.name
-    return open_store(bucket_url, replace(CONFIG, timeout_s=0.5) if stalls else CONFIG)
+    return open_store(bucket_url, replace(CONFIG, timeout_s=1.0) if stalls else CONFIG)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -164,12 +164,12 @@ def request(store: ObjectStore, action: str, folder: Path) -> object:
 def test_it_gives_up_at_the_deadline_with_the_count_of_its_tries(
     fault: str, bucket_url: str, fault_proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    store = open_store(bucket_url, StorageConfig(deadline_s=0.1, timeout_s=1.0, max_backoff_s=0.02))
+    store = open_store(bucket_url, StorageConfig(deadline_s=0.5, timeout_s=30.0, max_backoff_s=0.02))
     fault_proxy.inject(fault, times=-1)
     (tmp_path / "file").write_bytes(SMALL)
     for action in ("list", "stat", "download", "read", "upload", "create", "delete"):
         asked = fault_proxy.count()
-        with pytest.raises(StorageError, match=r"gave up after \d+ tries in 0 s: .*storage.deadline_s") as caught:
+        with pytest.raises(StorageError, match=r"gave up after \d+ tries in \d+ s: .*storage.deadline_s") as caught:
             request(store, action, tmp_path)
         tries = fault_proxy.count() - asked
         assert f"after {tries} tries" in caught.value.line()
@@ -241,8 +241,8 @@ def test_the_embedded_bucket_survives_the_same(tmp_path: Path, monkeypatch: pyte
 def test_the_proxy_passes_chunked_bodies_and_keeps_connections(gcs: Emulator, fault_proxy: FaultProxy) -> None:
     url = f"{fault_proxy.endpoint}/upload/storage/v1/b/{gcs.bucket}/o?uploadType=media&name=chunked"
     with requests.Session() as session:
-        sent = session.post(url, data=iter([b"first ", b"second"]), timeout=5)
+        sent = session.post(url, data=iter([b"first ", b"second"]), timeout=120)
         assert sent.json()["size"] == "12"
         assert gcs.endpoint not in sent.text
-        got = session.get(f"{fault_proxy.endpoint}/download/storage/v1/b/{gcs.bucket}/o/chunked?alt=media", timeout=5)
+        got = session.get(f"{fault_proxy.endpoint}/download/storage/v1/b/{gcs.bucket}/o/chunked?alt=media", timeout=120)
         assert got.content == b"first second"

@@ -101,7 +101,7 @@ def on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in (folder / "cache").rglob("*.bin"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_epoch_of_three_dialects_through_a_bounded_cache_trains_each_token_once(
     tmp_path, shards_url, fault_proxy: FaultProxy, ranks
 ):
@@ -126,16 +126,18 @@ def test_an_epoch_of_three_dialects_through_a_bounded_cache_trains_each_token_on
     assert len(list((run / "cache").rglob("*.json"))) == N_SHARDS
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "kills"), [(1, (24,)), pytest.param(2, (12, 24), marks=pytest.mark.slow)], ids=["1", "2"]
+)
 def test_killed_in_mid_epoch_with_shards_put_out_it_goes_on_bit_for_bit_and_fetches_nothing_of_the_past(
-    tmp_path, shards_url, fault_proxy: FaultProxy, ranks
+    tmp_path, shards_url, fault_proxy: FaultProxy, ranks, kills
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = ("--data", shards_url, "--max-steps", "45", *SMALL_STEPS)  # an epoch is 35
     for folder in (whole, killed):
         folder.mkdir()
     assert train(whole, *options, ranks=ranks).code == 0
-    for step in (12, 24):
+    for step in kills:
         with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks) as training:
             training.until_step(step)
             training.kill()
@@ -170,7 +172,7 @@ def test_a_signal_ends_the_wait_for_a_silent_bucket_and_the_wait_is_in_the_metri
         training.until_step(16)
         training.until(lambda: fault_proxy.broken, "a stalled download")
         training.signal(signal.SIGTERM)
-        ended = training.wait(30)  # a stalled request is given up after a minute
+        ended = training.wait(50)  # a stalled request is given up after a minute
     assert ended.code == 75, ended.output
     fault_proxy.clear()
     fault_proxy.inject("503", match=SHARD, times=1)  # and asked again, a moment later
@@ -206,6 +208,6 @@ def test_a_bucket_that_goes_away_in_mid_epoch_is_one_line_and_4(tmp_path, shards
     run.mkdir()
     fault_proxy.inject("503", match=SHARD, skip=4, times=-1)
     options = ("--data", shards_url, "--max-steps", "40", "--data.prefetch_shards", "1", "--storage.deadline_s", "3")
-    ended = train(run, *options, ranks=2)
+    ended = train(run, *options)
     assert ended.code == 4, ended.output
     assert len(ended.errors) == 1 and "503" in ended.errors[0], ended.output

@@ -85,7 +85,7 @@ def test_the_ledger_is_over_both_starts_in_the_summary_and_in_the_table(killed):
     output = (killed / "output.txt").read_text()
     assert "work done twice" in output and "4 steps, 1,024 tokens; 1 restart" in output and "startup" in output
     read_back = read_ledger(logs(killed)).totals(0.0)
-    assert read_back["hours"] == pytest.approx(ledger["hours"], rel=0.2)
+    assert read_back["hours"] == pytest.approx(ledger["hours"], rel=0.5)
 
 
 def test_the_start_is_told_by_phases_that_add_up_to_it(killed):

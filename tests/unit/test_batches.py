@@ -220,7 +220,7 @@ def test_the_stream_reads_no_further_ahead_than_told(tmp_path):
     batches.take = counted
     stream = batches.stream(Position(), 0, 1, prefetch=2)
     next(stream)
-    assert third.wait(10)
+    assert third.wait(120)
     stream.close()
     assert len(taken) == 3
 

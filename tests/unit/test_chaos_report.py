@@ -97,7 +97,7 @@ def test_the_dice_fall_the_same_way_for_the_same_seed():
 
 def test_a_wrong_option_of_the_runner_is_refused():
     command = ["bash", str(ROOT / "tests/chaos/run.sh"), "--jsn"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2 and "config error: --jsn" in done.stderr
 
 

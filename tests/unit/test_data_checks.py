@@ -16,7 +16,7 @@ from pretrain.tokenizers import save_tokenizer, train_bpe
 from tests.runs import VOCAB_SIZE, make_shards
 
 MODEL = ModelConfig(size="custom", n_layer=2, n_head=2, d_model=32, vocab_size=VOCAB_SIZE, seq_len=32).resolve()
-QUICK = StorageConfig(deadline_s=1.0, timeout_s=2.0, max_backoff_s=0.1)
+QUICK = StorageConfig(deadline_s=1.0, timeout_s=10.0, max_backoff_s=0.1)
 
 
 @pytest.fixture

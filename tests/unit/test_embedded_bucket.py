@@ -13,14 +13,14 @@ from pretrain.config import StorageConfig
 from pretrain.storage import ObjectStore, open_store
 from tests.emulators import REPOSITORY, Emulator, embedded_bucket
 
-CONFIG = StorageConfig(deadline_s=5.0, timeout_s=5.0, max_backoff_s=0.01)
+CONFIG = StorageConfig(deadline_s=60.0, timeout_s=30.0, max_backoff_s=0.01)
 
 
 def start(root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The script with options that make it end by itself."""
     command = [sys.executable, "scripts/embedded_bucket.py", "--root", str(root), *options]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def store_at(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
@@ -38,7 +38,7 @@ def test_its_state_survives_a_kill_and_it_ends_cleanly(tmp_path: Path, monkeypat
         assert store.list() == [created]
         assert store.read_bytes("a/b") == b"data"
         emulator.process.send_signal(signal.SIGTERM)
-        assert emulator.process.wait(10) == 0
+        assert emulator.process.wait(120) == 0
 
 
 def test_what_was_deleted_leaves_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from pretrain.shards import fetch_shards
 from pretrain.storage import LocalStore, ObjectMissing, ObjectStore, crc32c_of_bytes, open_store
 from tests.runs import VOCAB_SIZE, make_shards
 
-CONFIG = StorageConfig(deadline_s=5.0, timeout_s=5.0, max_backoff_s=0.01)
+CONFIG = StorageConfig(deadline_s=60.0, timeout_s=30.0, max_backoff_s=0.01)
 OBJECTS = {"b/2.npz": b"two", "b/10.npz": b"ten!", "a file ü.npz": bytes(range(256)) * 9000, "b/c/deep": b""}
 
 

@@ -30,7 +30,7 @@ from tests.helpers_training import (
 )
 
 RUN = "run"
-PATIENCE_S = 10
+PATIENCE_S = 120
 DOCUMENTS = {"trainer_state.json": "{}\n", "config.yaml": "run: {}\n"}
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 def stop(signum, frame):
     Path(sys.argv[1], f"{os.environ['RANK']}-{signal.Signals(signum).name}").touch()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while len(list(Path(sys.argv[1]).glob("?-SIG*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)  # the agent ends the others when the first has ended
     os._exit(75)
@@ -128,7 +128,7 @@ def test_a_signal_while_waiting_for_the_other_nodes_ends_the_launcher_at_once(tm
     )
     command = [sys.executable, "-c", code, "--nproc_per_node=1", *where, "worker.py"]
     environment = {**os.environ, "TMPDIR": str(tmp_path), "LOGLEVEL": "ERROR"}
-    assert subprocess.run(command, env=environment, timeout=60).returncode == 75
+    assert subprocess.run(command, env=environment, timeout=120).returncode == 75
 
 
 def test_an_explained_error_wins_over_a_crash_in_the_same_second():
@@ -169,7 +169,7 @@ def test_a_stopped_worker_does_not_hold_up_the_end(run, monkeypatch, capfd, defa
     monkeypatch.setattr(launch, "SHUTDOWN_S", default_s)
     started = time.monotonic()
     assert run(FAILS_BESIDE_A_STOPPED_RANK, flags=flags) == 6
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 30
     assert capfd.readouterr().err == ""
 
 
@@ -197,5 +197,5 @@ def test_a_signal_reaches_the_workers_and_no_other_child(run, tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         assert run(STOPPED_BY.replace("SIGNAL", "SIGTERM"), str(tmp_path)) == 75
         assert other.poll() is None
-        other.communicate(b"\n", timeout=10)
+        other.communicate(b"\n", timeout=120)
     assert other.returncode == 0

@@ -82,7 +82,7 @@ def slurm(machine, monkeypatch):
 def test_slurm_starts_the_same_command_on_every_node(slurm, monkeypatch):
     monkeypatch.setenv("DATA", "gs://b/shards")
     batch = ["bash", str(LAUNCH / "slurm.sbatch"), "--run", "big one"]
-    assert subprocess.run(batch, timeout=60).returncode == 0
+    assert subprocess.run(batch, timeout=120).returncode == 0
     for rank in (0, 1):
         environment, arguments = slurm.told(rank)
         assert arguments == ["--run", "big one"]
@@ -101,11 +101,11 @@ def test_slurm_queues_again_what_ran_out_of_time_and_nothing_else(slurm, warned)
         slurm.command("srun", 'trap "exit 75" TERM; echo $$ > srun.pid; touch ready; while true; do sleep 0.05; done')
     with subprocess.Popen(["bash", str(LAUNCH / "slurm.sbatch")]) as batch:
         if warned:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             while not (slurm.folder / "ready").exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
             batch.send_signal(signal.SIGUSR1)
-        assert batch.wait(60) == EXIT_STOPPED
+        assert batch.wait(120) == EXIT_STOPPED
     calls = (slurm.folder / "scontrol.txt").read_text()
     assert ("requeue 41007" in calls) == warned
     assert not warned or (slurm.folder / "scancel.txt").read_text() == "--signal=TERM 41007\n"
@@ -169,7 +169,7 @@ def test_the_job_ends_where_a_restart_mends_nothing_and_goes_on_where_it_was_sto
 def test_the_pods_command_is_the_same_command(job, machine, monkeypatch):
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     command = job[1]["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert subprocess.run(command, cwd=machine.folder, timeout=60).returncode == 0
+    assert subprocess.run(command, cwd=machine.folder, timeout=120).returncode == 0
     environment, arguments = machine.told(1)
     assert environment["NODE_RANK"] == "1" and arguments == []
 
@@ -185,7 +185,7 @@ def test_sky_pilot_tells_the_nodes_and_recovers(machine, monkeypatch):
     given = {"NODE_RANK": "1", "NODE_IPS": "10.0.0.5\n10.0.0.6", "NUM_NODES": "2", "NUM_GPUS_PER_NODE": "8"}
     for name, value in given.items():
         monkeypatch.setenv(f"SKYPILOT_{name}", value)
-    done = subprocess.run(["bash", "-c", task["run"]], cwd=machine.folder, timeout=60)
+    done = subprocess.run(["bash", "-c", task["run"]], cwd=machine.folder, timeout=120)
     assert done.returncode == 0
     environment, _ = machine.told(1)
     expected = {"NNODES": "2", "NODE_RANK": "1", "GPUS": "8", "MASTER_ADDR": "10.0.0.5"}
@@ -201,7 +201,7 @@ def test_the_start_up_script_makes_a_unit_of_the_instances_metadata(machine):
     machine.command("curl", f'[[ "$*" = *"Metadata-Flavor: Google"* ]] && cat {machine.folder}/metadata')
     machine.command("systemd-run", f'printf "%s\\n" "$@" > {machine.folder}/unit')
     script = ["bash", str(LAUNCH / "gce_spot_startup.sh")]
-    assert subprocess.run(script, timeout=60).returncode == 0
+    assert subprocess.run(script, timeout=120).returncode == 0
     words = (machine.folder / "unit").read_text().splitlines()
     assert words[-2:] == ["bash", "prod_train.sh"] and f"--working-directory={machine.folder}" in words
     given = {word.removeprefix("--setenv=") for word in words if word.startswith("--setenv=")}
@@ -209,10 +209,10 @@ def test_the_start_up_script_makes_a_unit_of_the_instances_metadata(machine):
     assert f"--property=RestartPreventExitStatus={' '.join(map(str, FINAL))}" in words
 
     (machine.folder / "metadata").write_text("DATA gs://b\n")
-    done = subprocess.run(script, timeout=60, capture_output=True, text=True)
+    done = subprocess.run(script, timeout=120, capture_output=True, text=True)
     assert done.returncode == 2 and "REPOSITORY=''" in done.stderr and len(done.stderr.splitlines()) == 1
     machine.command("curl", "exit 7")
-    assert subprocess.run(script, timeout=60).returncode == 7
+    assert subprocess.run(script, timeout=120).returncode == 7
 
 
 def test_the_start_up_script_passes_on_what_prod_train_reads():

@@ -159,5 +159,5 @@ def test_a_reader_that_goes_away_does_not_end_the_program():
     )
     os.close(write_end)
     os.close(read_end)
-    _, errors = process.communicate("go\n", timeout=30)
+    _, errors = process.communicate("go\n", timeout=120)
     assert (process.returncode, errors) == (0, "alive\n")

@@ -13,7 +13,7 @@ from pretrain.metrics import Metrics
 from pretrain.storage import LocalStore, open_store
 from tests.helpers_training import FaultyStore
 
-PATIENCE_S = 10
+PATIENCE_S = 120
 
 
 @pytest.fixture

@@ -260,6 +260,9 @@ class Dying:
     def __getattr__(self, name):
         return getattr(os, name)
 
+    def fsync(self, descriptor):
+        """Nothing: the machine lives on, and a slow disk would make minutes of these seconds."""
+
     def replace_by(self, real):
         def rename(source, target):
             self.left -= 2

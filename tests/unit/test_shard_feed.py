@@ -51,7 +51,7 @@ class Bucket:
     def download(self, name, path, on_bytes=None):
         self.downloaded.append(name)
         if name in self.gates:
-            assert self.gates[name].wait(30)
+            assert self.gates[name].wait(120)
         if name in self.broken:
             raise self.broken[name]
         return self.local.download(name, path, on_bytes)
@@ -108,7 +108,7 @@ def on_disk(folder):
 
 
 def until(is_true):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not is_true():
         assert time.monotonic() < deadline
         time.sleep(0.001)
@@ -140,7 +140,7 @@ def test_who_reads_waits_for_the_shard_and_for_no_other(source, data):
     until(lambda: len(bucket.downloaded) == 2)
     assert got == []
     bucket.gates[name_of(1)].set()
-    reader.join(30)
+    reader.join(120)
     assert got == [1000]
     for gate in bucket.gates.values():
         gate.set()
@@ -200,7 +200,7 @@ def test_the_ranks_of_a_node_fetch_each_shard_once(source, data, bound):
         while position.epoch == 0:
             taken, position = batches.take(position, number, 2)
             rows[number].append(taken)
-            barrier.wait(30)
+            barrier.wait(120)
         found.feed.close()
 
     barrier = threading.Barrier(2)
@@ -208,7 +208,7 @@ def test_the_ranks_of_a_node_fetch_each_shard_once(source, data, bound):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     targets = np.concatenate([np.concatenate(each) for each in rows])[:, 1:]
     assert len(np.unique(targets)) >= targets.size - 8 * 10  # the last step goes on in the next epoch
     if not bound:

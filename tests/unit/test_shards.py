@@ -273,7 +273,7 @@ def run_ranks(store, data, n_ranks, **options):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(120)
     return results
 
 

@@ -55,7 +55,7 @@ def test_states_that_stay_are_copied_by_finish_and_may_change_when_wait_returns(
     updating.start()
     assert not may_change.wait(0.05)
     snapshot.copying.finish()
-    updating.join(10)
+    updating.join(120)
     assert state["weight"].eq(2).all()
     assert all(tensor.eq(1).all() for tensor in [*snapshot.weights.values(), *snapshot.moments.values()])
 

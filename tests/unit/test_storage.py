@@ -31,7 +31,7 @@ from pretrain.storage import (
 )
 from tests.emulators import Emulator, embedded_bucket
 
-CONFIG = StorageConfig(deadline_s=5.0, timeout_s=5.0, max_backoff_s=0.01)
+CONFIG = StorageConfig(deadline_s=60.0, timeout_s=30.0, max_backoff_s=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from pretrain.errors import StorageError
 from pretrain.storage import open_store
 from tests.fault_proxy import FaultProxy
 
-QUICK = StorageConfig(deadline_s=1.0, timeout_s=2.0, max_backoff_s=0.1)
+QUICK = StorageConfig(deadline_s=1.0, timeout_s=10.0, max_backoff_s=0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +211,7 @@ def test_the_clock_is_held_against_the_buckets(clock, ahead_s, status):
     clock.ahead_s = ahead_s
     found = storage_checks.clock(["", "gs://bucket/x"])
     assert found.status == status
-    assert found.figures["skew_s"] == pytest.approx(-ahead_s, abs=1.5)
+    assert found.figures["skew_s"] == pytest.approx(-ahead_s, abs=4)
     assert status == "ok" or (("behind" if ahead_s > 0 else "ahead of") in found.found and "ntp" in found.mend)
 
 

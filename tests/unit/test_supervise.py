@@ -327,7 +327,7 @@ def launch() -> Iterator[Callable[..., LaunchedCommand]]:
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
-def wait_for(condition: Callable[[], bool], patience_s: float = 30.0) -> None:
+def wait_for(condition: Callable[[], bool], patience_s: float = 120.0) -> None:
     deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline
@@ -360,7 +360,7 @@ def test_kill_ends_stopped_children_in_their_own_session_and_orphans_and_nobody_
         assert not is_running(orphan)
         assert command.poll() == 3
         assert other.poll() is None
-        other.communicate(b"\n", timeout=10)
+        other.communicate(b"\n", timeout=120)
 
 
 def test_a_command_that_cannot_be_started_is_a_config_error(launch):
@@ -382,7 +382,7 @@ def test_the_command_ends_with_a_supervisor_that_is_killed(tmp_path):
     with start_supervised(tmp_path, SAYS_ITS_PID + WAITS) as supervisor:
         pid = read_pid(tmp_path / "pid")
         supervisor.kill()
-        wait_for(lambda: not is_running(pid), patience_s=5)
+        wait_for(lambda: not is_running(pid))
 
 
 def test_a_second_signal_ends_everything_at_once(tmp_path):
@@ -393,5 +393,5 @@ def test_a_second_signal_ends_everything_at_once(tmp_path):
         wait_for((tmp_path / "asked").exists)
         time.sleep(1.1)  # within a second it would be the same request
         supervisor.terminate()
-        assert supervisor.wait(10) == 143
-        wait_for(lambda: not is_running(pid), patience_s=5)
+        assert supervisor.wait(120) == 143
+        wait_for(lambda: not is_running(pid))

@@ -181,12 +181,10 @@ TWO_RANKS = """
         queue.close()
     else:
         queue.wait()
-        started = time.monotonic()
         if me.rank == 1:
             queue.abandon()
-        else:
-            queue._thread.join(10)
-        result["ended"] = not queue._thread.is_alive() and time.monotonic() - started < 5
+        queue._thread.join(60)  # the group's own patience is much longer
+        result["ended"] = not queue._thread.is_alive()
     result["committed"] = [m.name.step for m in queue.committed]
     print(json.dumps(result))
 """

@@ -14,7 +14,7 @@ from pretrain.uploads import BucketManifest, UploadJob, list_commits, old_commit
 from tests.helpers_training import FaultyStore, single_rank, upload_checkpoint, write_checkpoint
 
 RUN = "run"
-PATIENCE_S = 10
+PATIENCE_S = 120
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,7 +186,7 @@ def test_a_bucket_that_is_away_costs_one_deadline_and_not_one_for_each_file(tmp_
     def away(called, name):
         if called == "upload":
             begun.append(name)
-            barrier.wait(timeout=10)
+            barrier.wait(timeout=PATIENCE_S)
             raise StorageError("503 for too long")
 
     uploads = Uploads(tmp_path, before=away)

@@ -116,7 +116,7 @@ def test_the_thread_ends_with_the_block_and_on_an_error(tmp_path):
 def run_hung(folder: Path, how: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", HANGS.replace("HOW", how), str(folder), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
 
 
 def test_a_hung_process_writes_its_stacks_says_so_and_aborts(tmp_path):
