@@ -5,9 +5,13 @@ Documented: Accelerator(mixed_precision=…), AdamW. Best: dynamo_backend="induc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from hf_model import build
+from torch import Tensor
 from torch.utils.data import DataLoader
 from worker import count_parameters, decay_groups, read_spec, serve, windows
 
@@ -25,9 +29,10 @@ def main() -> None:
     groups = decay_groups(model, spec.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, fused=spec.is_best or None)
     # a window less its last token: the model shifts the labels itself
-    loader = DataLoader(windows(spec)[:, :-1], spec.micro_size, shuffle=True, drop_last=True)
+    stream: Any = windows(spec)[:, :-1]
+    loader = DataLoader(stream, spec.micro_size, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    batches = iter(())
+    batches: Iterator[Tensor] = iter(())
 
     def step() -> float:
         nonlocal batches

@@ -40,7 +40,7 @@ class Turns(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._left, self._is_warm = WARM_UP_STEPS, False
         self.first_loss: float | None = None
 
-    def on_step_end(self, _args: Any, _state: Any, control: Any, **_kwargs: Any) -> Any:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Count; at the end of a turn say how long it took and wait for the next one."""
         self._left -= 1
         if self._left:
