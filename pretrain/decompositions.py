@@ -8,13 +8,13 @@ the same; benchmarks/NOTES.md has what each of them brings. Sizes below: B batch
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -34,8 +34,20 @@ def cpu_backend(graph: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
     # Not by compile_fx's own argument: with a table that is given there, no compiled code is cached. Its cache knows
     # nothing of the table that it finds, so the tag tells it.
     settings: Any = torch.compiler.config
-    with mock.patch.dict(select_decomp_table(), OURS), settings.patch(cache_key_tag=_tag()):
+    with _in_table(select_decomp_table()), settings.patch(cache_key_tag=_tag()):
         return cast(Callable[..., Any], compile_fx(graph, inputs))
+
+
+@contextlib.contextmanager
+def _in_table(table: dict[Any, Callable[..., Any]]) -> Iterator[None]:
+    """OURS stand in torch's table as long as the block lasts."""
+    before = dict(table)
+    table.update(OURS)
+    try:
+        yield
+    finally:
+        table.clear()
+        table.update(before)
 
 
 @functools.cache

@@ -118,4 +118,4 @@ def test_a_model_on_a_cpu_is_compiled_with_them(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: used.append(options))
     compile_model(torch.nn.Linear(1, 1), CPU, alone)
     compile_model(torch.nn.Linear(1, 1), torch.device("cuda"), alone)
-    assert used == [{"backend": cpu_backend}, {}]
+    assert used == [{"backend": cpu_backend}, {"mode": "default"}]
