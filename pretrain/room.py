@@ -100,11 +100,12 @@ class Room:
         self.limit_bytes = limit_bytes
         self._has_warned = False
 
-    def set_aside(self, building: FileLock, n_bytes: int, *, must: bool) -> bool:
+    def set_aside(self, building: FileLock, n_bytes: int, *, must: bool, leaving: int = 0) -> bool:
         """Make room for a shard by putting out the least recently used ones that nobody has mapped.
 
         Args:
             must: take the room beyond the bound where there is none.
+            leaving: bytes that must stay free beside it.
 
         Returns:
             whether the shard may be fetched.
@@ -112,7 +113,7 @@ class Room:
         if not self.limit_bytes:
             return True
         with self._alone():
-            lacking = self.used_bytes() + n_bytes - self.limit_bytes
+            lacking = self.used_bytes() + n_bytes + leaving - self.limit_bytes
             if lacking > 0:
                 lacking -= self._put_out(lacking)
             if lacking > 0 and not must:

@@ -206,12 +206,23 @@ class ShardFeed:
         with building:
             if not cache.is_here(info):
                 n_bytes = cache.token_bytes(info) + cache.download_bytes(info)
-                if not cache.room.set_aside(building, n_bytes, must=self._must(index)):
+                leaving = self._room_before(index)
+                if not cache.room.set_aside(building, n_bytes, must=self._must(index), leaving=leaving):
                     return POLL_S if self._is_needed(index) else NO_HURRY_S
                 cache.build(info, self._count)
             cache.shard(info)
             self._count(0)
             return cache.hold(info) or POLL_S
+
+    def _room_before(self, index: int) -> int:
+        """Bytes that the shards before one which nobody reads yet still need. Another rank may be about to fetch them
+        and read them at once, and would wait in vain for the room that this one took."""
+        with self._changed:
+            before = [] if self._is_needed(index) else [*self._asked, *self._now, *self._ahead]
+            before = before[: before.index(index)] if index in before else []
+            lacking = [self._objects[each] for each in before if each not in self._held and each not in self._busy]
+        infos = [info for info in lacking if not self._cache.is_here(info)]
+        return sum(self._cache.token_bytes(info) + self._cache.download_bytes(info) for info in infos)
 
     def _must(self, index: int) -> bool:
         """Whether it is needed, and has had no room for so long that the bound gives way."""

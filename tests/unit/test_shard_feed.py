@@ -21,6 +21,7 @@ from pretrain.config import DataConfig
 from pretrain.errors import ConfigError, ShardError, StorageError
 from pretrain.files import crc32c_of_file
 from pretrain.manifest import DataManifest, ShardEntry
+from pretrain.room import Room
 from pretrain.shard_feed import FeedClosed
 from pretrain.shards import fetch_shards, open_shards
 from pretrain.storage import LocalStore
@@ -381,6 +382,30 @@ def test_what_is_needed_and_has_no_room_for_long_comes_all_the_same(source, data
     found.feed.want([5, 6, 7], [0])
     assert [found.shards[index].tokens()[0] for index in (5, 6, 7)] == [5000, 6000, 7000]
     assert "above it" in caplog.text
+    other.feed.close()
+    found.feed.close()
+
+
+def test_what_nobody_reads_yet_takes_no_room_that_an_earlier_one_needs(source, data, monkeypatch):
+    data = dataclasses.replace(data, **BOUND)
+    _, other = opened(source, data)
+    other.feed.want(range(4), [])  # leaves room for one more
+    for index in range(4):
+        other.shards[index].tokens()
+    bucket, found = opened(source, data)
+    refused, set_aside = [], Room.set_aside
+
+    def watched(room, *arguments, **options):
+        refused.append(not set_aside(room, *arguments, **options))
+        return not refused[-1]
+
+    monkeypatch.setattr(Room, "set_aside", watched)
+    with found.feed._cache.lock(found.feed._objects[4]):  # another rank is at it, and has no room yet
+        found.feed.want([], [4, 5])
+        until(lambda: refused)
+        assert bucket.downloaded == []
+    until(lambda: bucket.downloaded)
+    assert bucket.downloaded == [name_of(4)]
     other.feed.close()
     found.feed.close()
 
