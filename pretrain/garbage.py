@@ -26,13 +26,12 @@ def held() -> Iterator[None]:
             gc.enable()
 
 
-def collect_after(steps_taken: int) -> None:
-    """Collect, where it is time after so many steps of this process. What the start has made stays for good: after the
-    first step it is set apart, so that later ones look at little. Without `held` nothing is done."""
-    if gc.isenabled():
-        return
+def collect_after(steps_taken: int) -> bool:
+    """Collect, where it is time after so many steps of this process; whether it was. What the start has made stays for
+    good: after the first step it is set apart, so that later ones look at little. Without `held` nothing is done."""
+    if gc.isenabled() or (steps_taken > 1 and steps_taken % EVERY_STEPS):
+        return False
+    gc.collect()
     if steps_taken == 1:
-        gc.collect()
         gc.freeze()
-    elif steps_taken % EVERY_STEPS == 0:
-        gc.collect()
+    return True

@@ -20,6 +20,7 @@ from pretrain.optim_config import largest_state_bytes, moments_bytes
 # Of one process: Python, torch and what else is imported; beside a GPU CUDA's context, too. Assumed, not measured.
 PROCESS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_keeping: list[ctypes.CDLL] = []  # the C library, once it keeps what is freed
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
     # a container's limit, what is taken of it, and the part of that which the kernel gives back when asked
@@ -49,12 +50,22 @@ def keep_freed() -> bool:
     """Have the process keep what it frees for its next allocation; returns whether it does: with glibc alone.
 
     A step allocates the same tensors again and again. Given back, each page must be fetched and zeroed anew by the
-    kernel, and that takes longer than what is then written into it. What it takes at most stays the same.
+    kernel, and that takes longer than what is then written into it. `give_back` keeps what lies free from growing.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1))
+    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
+        return False
+    _keeping.append(libc)
+    return True
+
+
+def give_back() -> None:
+    """Hand whole pages that lie free back to the kernel, where they were kept: else each checkpoint leaves some more
+    behind, between what lives on."""
+    for libc in _keeping[:1]:
+        libc.malloc_trim(0)
 
 
 def total_bytes() -> int:

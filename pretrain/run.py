@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from model import GPT
-from pretrain import budget, garbage, log
+from pretrain import budget, garbage, host_memory, log
 from pretrain.batches import Position
 from pretrain.budget import Prediction
 from pretrain.config import Config
@@ -162,7 +162,8 @@ class Run:
         self.progress = progress
         if START.finish("first step"):
             logger.info("start-up: %s", START)
-        garbage.collect_after(progress.step - self.first_step)
+        if garbage.collect_after(progress.step - self.first_step):
+            host_memory.give_back()
         self.unrecorded_steps += 1
         self.unrecorded_seconds += step_s
         if progress.step > self.first_step + 1:

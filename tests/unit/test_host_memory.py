@@ -67,18 +67,22 @@ def test_memory_that_was_freed_is_not_fetched_from_the_kernel_again():
     program = """
 import resource
 import numpy as np
-from pretrain.host_memory import keep_freed
+import psutil
+from pretrain.host_memory import give_back, keep_freed
 kept = keep_freed()
 faults = []
 for _ in range(3):
     np.empty(50_000_000, np.uint8).fill(1)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-print(kept, faults[2] - faults[1])
+resident = psutil.Process().memory_info().rss
+give_back()
+print(kept, faults[2] - faults[1], resident - psutil.Process().memory_info().rss)
 """
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    kept, faults = ended.stdout.split()
+    kept, faults, given_back = ended.stdout.split()
     assert kept == str(platform.libc_ver()[0] == "glibc")
     assert kept == "False" or int(faults) < 100  # of 12,207 pages
+    assert kept == "False" or int(given_back) > 40_000_000
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
