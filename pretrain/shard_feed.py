@@ -217,6 +217,8 @@ class ShardFeed:
     def _room_before(self, index: int) -> int:
         """Bytes that the shards before one which nobody reads yet still need. Another rank may be about to fetch them
         and read them at once, and would wait in vain for the room that this one took."""
+        if not self._cache.room.limit_bytes:
+            return 0
         with self._changed:
             before = [] if self._is_needed(index) else [*self._asked, *self._now, *self._ahead]
             before = before[: before.index(index)] if index in before else []
