@@ -147,7 +147,6 @@ class Mixture(Batches):
         in_order: bool = False,
     ) -> None:
         self.seq_len, self.global_size, self.seed, self.shuffle_shards = seq_len, global_size, seed, shuffle_shards
-        self.in_order = in_order
         self.names = tuple(name for name, _ in sources)
         how: dict[str, Any] = {"seq_len": seq_len, "global_size": 1, "seed": seed, "in_order": in_order}
         how |= {"shuffle_shards": shuffle_shards, "prefetch_shards": prefetch_shards}
