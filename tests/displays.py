@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,15 +86,19 @@ def _read_run(path: Path) -> WandbView:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
+    """The records that are whole: the file may be written to meanwhile."""
     position, record = HEADER_BYTES, b""
     while position + RECORD_BYTES <= len(data):
         left = BLOCK_BYTES - position % BLOCK_BYTES
         if left < RECORD_BYTES:  # a block's end is filled up
             position += left
             continue
-        _, length, kind = struct.unpack("<IHB", data[position : position + RECORD_BYTES])
+        crc, length, kind = struct.unpack("<IHB", data[position : position + RECORD_BYTES])
         position += RECORD_BYTES + length
-        record += data[position - length : position]
+        part = data[position - length : position]
+        if zlib.crc32(bytes([kind]) + part) != crc:
+            return
+        record += part
         if kind in LAST_PARTS:
             yield record
             record = b""

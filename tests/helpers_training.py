@@ -179,8 +179,8 @@ def run_ranks(
         body: the script; `me` is its Ranks, `sys.argv[1:]` the arguments.
         nodes: the ranks are divided among, as far as they can know.
     """
-    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nme = join(torch.device('cpu'), 5)\n"
-    script += f"{textwrap.dedent(body)}\nleave(me)\n"
+    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nfrom pretrain.reports import end_at_once\n"
+    script += f"me = join(torch.device('cpu'), 5)\n{textwrap.dedent(body)}\nleave(me)\nend_at_once(0)\n"
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     per_node = world_size // nodes

@@ -487,6 +487,7 @@ from pretrain import ranks
 from model import GPT
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.build import build_engine
+from pretrain.reports import end_at_once
 from tests.helpers_training import TinyModel, tokens_of_step
 
 me = ranks.join(torch.device("cpu"), 1)
@@ -506,6 +507,7 @@ for name in sys.argv[2:]:
 if me.is_first:
     json.dump(results, open(sys.argv[1], "w"))
 ranks.leave(me)
+end_at_once(0)
 """
 
 
