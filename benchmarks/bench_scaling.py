@@ -7,10 +7,11 @@ them, and together by the engine. The efficiency of an engine is the median rati
 both, so what is missing to 1 is communication. `alone` is one rank while the other waits, against both at once without
 communication: what two ranks cost each other in caches and memory, which no engine can help.
 
-The prediction takes the time of the step without communication and the speed of an all-reduce, both measured here in
-the same round; how much longer the engine's step takes than the plain one on one rank, where nothing is communicated
-(its `own` work: hooks, copies, bookkeeping; with a model as small as this one it shows); and what the engine moves. On
-one machine the "network" is the loopback, which costs the cores what it moves, so nothing overlaps: the model is told.
+The prediction takes the time of the step without communication and the speed of each kind of collective, measured here
+in the same round (gloo has no reduce-scatter: torch makes it of an all-reduce); how much longer the engine's step takes
+than the plain one on one rank, where nothing is communicated (its `own` work: hooks, copies, bookkeeping; with a model
+as small as this one it shows); and what the engine moves. On one machine the "network" is the loopback, which costs the
+cores what it moves, so nothing overlaps: the model is told.
 """
 
 from __future__ import annotations
@@ -41,9 +42,11 @@ from pretrain.memory import Setup
 from pretrain.model_config import ModelConfig
 from pretrain.plan import make_setup
 from pretrain.ranks import Ranks, join, leave
-from pretrain.scaling import collectives, step_time
+from pretrain.scaling import Rates, collectives, step_time
 
 RANKS = 2
+KINDS = ("all_reduce", "reduce_scatter", "all_gather")
+MESSAGES = 8  # of each kind, to measure it
 ENGINES = {
     "ddp": EngineConfig(name="ddp"),
     "fsdp": EngineConfig(name="fsdp"),
@@ -88,6 +91,7 @@ class Bench:
     def __init__(self, ranks: Ranks, names: Sequence[str], scale: int) -> None:
         self.ranks = ranks
         self.model = shape_of(scale)
+        self._block = sum(p.numel() for p in GPT(self.model, "sdpa").blocks[0].parameters())
         tokens = torch.randint(self.model.vocab_size, (4, self.model.seq_len + 1))
         self._micro_batches = tokens.split(2)
         own = NativeEngine(GPT(self.model, "sdpa"), OPTIM, EngineConfig(name="single"), "fp32", CPU, 1)
@@ -103,34 +107,48 @@ class Bench:
     def _step_of(self, engine: Engine) -> Step:
         return lambda: engine.train_step(self._micro_batches, 1e-4)
 
+    def _collectives(self) -> dict[str, float]:
+        """Seconds for a byte by kind, in messages as large as a block's weights."""
+        whole = torch.ones(self._block - self._block % self.ranks.world_size)
+        share = whole.chunk(self.ranks.world_size)[self.ranks.rank].clone()
+        kinds: dict[str, Step] = {
+            "all_reduce": lambda: dist.all_reduce(whole),
+            "reduce_scatter": lambda: dist.reduce_scatter_tensor(share, whole),
+            "all_gather": lambda: dist.all_gather_into_tensor(whole, share),
+        }
+        empty = seconds_of(lambda: None, self.ranks)
+        n_bytes = MESSAGES * whole.nbytes
+
+        def repeated(send: Step) -> Step:
+            return lambda: [send() for _ in range(MESSAGES)]
+
+        return {kind: (seconds_of(repeated(send), self.ranks) - empty) / n_bytes for kind, send in kinds.items()}
+
     def setup(self, name: str) -> Setup:
         """What is predicted."""
         return make_setup(self.model, batch_of(RANKS), ENGINES[name], OPTIM, "fp32", RANKS)
 
     def round(self) -> dict[str, float]:
-        """Seconds of everything once: solo, apart, all_reduce (of the gradients), and each engine."""
+        """Seconds of everything once: solo, apart, each kind of collective for a byte, and each engine."""
         waits: Step = lambda: None  # noqa: E731
-        gradients = torch.ones(self.model.n_parameters)
         found = {"solo": seconds_of(self.alone if self.ranks.is_first else waits, self.ranks)}
         found["apart"] = seconds_of(self.alone, self.ranks)
         if self.ranks.world_size > 1:
-            found["all_reduce"] = seconds_of(lambda: dist.all_reduce(gradients), self.ranks)
+            found |= self._collectives()
         for name, step in self.together.items():
             found[name] = seconds_of(step, self.ranks)
         return found
 
 
-def predicted(setup: Setup, apart_s: float, own: float, all_reduce_s: float) -> float:
-    """Efficiency that the model gives an engine here, from what was measured without communication.
+def predicted(setup: Setup, own: float, measured: dict[str, float]) -> float:
+    """Efficiency that the model gives an engine here, from what a round measured without the engine.
 
     Args:
-        apart_s: of the plain step.
         own: the engine's step over the plain one, on one rank.
     """
-    # an all-reduce of 4 bytes a parameter by two ranks puts as many on each wire
-    a_byte = all_reduce_s / (4 * setup.model.n_parameters)
-    moved, accumulation = collectives(setup), setup.batch.accumulation(RANKS)
-    return apart_s / step_time(moved, apart_s * own, accumulation, RANKS, a_byte, 0.0, overlap=0.0).total
+    rates = Rates(*(measured[kind] for kind in KINDS))
+    moved, accumulation, apart_s = collectives(setup), setup.batch.accumulation(RANKS), measured["apart"]
+    return apart_s / step_time(moved, apart_s * own, accumulation, rates, 0.0, overlap=0.0).total
 
 
 def own_work(rounds: Sequence[dict[str, float]], names: Iterable[str]) -> dict[str, float]:
@@ -150,7 +168,7 @@ def evaluate(
     for name in bench.together:
         setup, factor = bench.setup(name), own[name]
         measured = median_of(lambda each: each["apart"] / each[name])  # noqa: B023 (used at once)
-        model = median_of(lambda each: predicted(setup, each["apart"], factor, each["all_reduce"]))  # noqa: B023
+        model = median_of(lambda each: predicted(setup, factor, each))  # noqa: B023
         rows[name] = {"measured": round(measured, 3), "predicted": round(model, 3), "own": round(factor, 3)}
         checks.append(Check(f"efficiency_{name}", round(measured, 3), "≥", GOAL, "of 1"))
         checks.append(Check(f"prediction_off_{name}", round(abs(model / measured - 1), 3), "≤", TOLERANCE, "of 1"))
@@ -160,7 +178,7 @@ def evaluate(
         "efficiency": rows,
         "alone_over_both_at_once": round(median_of(lambda each: each["solo"] / each["apart"]), 3),
         "step_without_communication_ms": round(median_of(lambda each: each["apart"]) * 1e3, 1),
-        "all_reduce_gb_per_s": round(median_of(lambda e: 4 * bench.model.n_parameters / e["all_reduce"]) / 1e9, 2),
+        **{f"{kind}_gb_per_s": round(median_of(lambda e: 1 / e[kind]) / 1e9, 2) for kind in KINDS},  # noqa: B023
     }
     return checks, details
 

@@ -93,7 +93,7 @@ class Sharding:
     def title(self) -> str:
         """As a reader knows it: "deepspeed ZeRO-2"."""
         if self.engine != "deepspeed":
-            return self.engine
+            return f"{self.engine} hybrid" if self.ranks else self.engine
         return f"deepspeed ZeRO-{self.stage}{' offload' if self.offload else ''}"
 
 

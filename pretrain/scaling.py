@@ -9,7 +9,8 @@ The model, for a step of A micro-batches on W ranks:
 
 A collective of S bytes by rings puts f·(W-1)/W·S on each rank's link: f = 2 for an all-reduce, 1 for a reduce-scatter
 or an all-gather (Thakur et al. 2005). Over nodes the same bytes leave each node once for all of its GPUs together, and
-the slower of the two kinds of link decides. `benchmarks/bench_scaling.py` holds the model against measured steps.
+the slower of the two kinds of link decides; hybrid FSDP's shares stay within a node, and their sums alone leave it.
+`benchmarks/bench_scaling.py` holds the model against measured steps.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Collectives:
 
     Args:
         all_reduced, reduce_scattered: gradients, behind backward passes.
+        all_reduced_across: a share of them, with those who have the same share on other nodes; the same.
         gathered_behind: weights, behind forward and backward passes.
         gathered_after: weights, after the update, while nothing computes.
         passes: backward passes that gradients travel behind.
@@ -44,9 +46,40 @@ class Collectives:
 
     all_reduced: float = 0.0
     reduce_scattered: float = 0.0
+    all_reduced_across: float = 0.0
     gathered_behind: float = 0.0
     gathered_after: float = 0.0
     passes: int = 1
+
+    @property
+    def handed_over(self) -> float:
+        """All of it."""
+        reduced = self.all_reduced + self.reduce_scattered + self.all_reduced_across
+        return reduced + self.gathered_behind + self.gathered_after
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that each kind of collective needs for a byte that it is handed.
+
+    Args:
+        across: of an all-reduce among those who have the same share on other nodes.
+    """
+
+    all_reduce: float
+    reduce_scatter: float
+    all_gather: float
+    across: float = 0.0
+
+    @classmethod
+    def of_rings(cls, ranks: int, link: float, nodes: int = 1, link_across: float = 0.0) -> Rates:
+        """Of rings of so many ranks, on so many nodes where the shares of each stay on it.
+
+        Args:
+            link, link_across: seconds of a byte on a rank's wire, within the ring and between nodes.
+        """
+        once = (ranks - 1) / ranks * link
+        return cls(2 * once, once, once, 2 * (nodes - 1) / nodes * link_across)
 
 
 @dataclass(frozen=True)
@@ -103,7 +136,8 @@ def collectives(setup: Setup) -> Collectives:
         reduced = float(passes * FP32_BYTES * elements)
         # what lies outside the blocks stays whole from the forward to the backward pass
         gathered = accumulation * (weights + blocks)
-        return Collectives(reduce_scattered=reduced, gathered_behind=gathered, passes=passes)
+        share = reduced / sharding.ranks if sharding.ranks else 0.0
+        return Collectives(reduce_scattered=reduced, all_reduced_across=share, gathered_behind=gathered, passes=passes)
     if sharding.stage == 0:
         return Collectives(all_reduced=weights)
     passes = accumulation if sharding.stage >= 2 else 1
@@ -116,39 +150,52 @@ def collectives(setup: Setup) -> Collectives:
     return Collectives(all_reduced=passes * weights, gathered_after=weights, passes=passes)
 
 
-def wire_bytes(moved: Collectives, world_size: int) -> float:
+def ring_ranks(setup: Setup) -> int:
+    """Ranks of a ring: all, or those of a node where hybrid FSDP divides the weights among them."""
+    return setup.sharding.ranks or setup.world_size
+
+
+def wire_bytes(setup: Setup) -> float:
     """Bytes that each rank sends in a step, and receives."""
-    once = moved.reduce_scattered + moved.gathered_behind + moved.gathered_after
-    return (world_size - 1) / world_size * (2 * moved.all_reduced + once)
+    ring = ring_ranks(setup)
+    return sum(seconds_of(collectives(setup), Rates.of_rings(ring, 1.0, setup.world_size // ring, 1.0)))
+
+
+def seconds_of(moved: Collectives, rates: Rates) -> tuple[float, float, float]:
+    """What reducing takes, gathering behind passes, and gathering behind nothing."""
+    reducing = moved.all_reduced * rates.all_reduce + moved.reduce_scattered * rates.reduce_scatter
+    reducing += moved.all_reduced_across * rates.across
+    return reducing, moved.gathered_behind * rates.all_gather, moved.gathered_after * rates.all_gather
 
 
 def step_time(
-    moved: Collectives,
-    computing_s: float,
-    accumulation: int,
-    world_size: int,
-    seconds_a_byte: float,
-    latency_s: float,
-    overlap: float = 1.0,
+    moved: Collectives, computing_s: float, accumulation: int, rates: Rates, latency_s: float, overlap: float = 1.0
 ) -> StepTime:
     """The model.
 
     Args:
         computing_s: of a step without communication.
-        seconds_a_byte: that a collective needs for a byte on a rank's wire.
         latency_s: of one message among all ranks.
         overlap: the share of the passes behind which something can travel: 0 where the cores move it themselves.
     """
-    share = (world_size - 1) / world_size * seconds_a_byte
-    reducing = share * (2 * moved.all_reduced + moved.reduce_scattered)
-    behind, after = share * moved.gathered_behind, share * moved.gathered_after
+    reducing, behind, after = seconds_of(moved, rates)
     one_pass = computing_s / accumulation
     room = overlap * BACKWARD_SHARE * one_pass * moved.passes
     # gradients have the backward passes to travel behind; what gathers weights has all passes, and the rest of these
     exposed = max(0.0, reducing - room) + max(0.0, behind - (overlap * computing_s - min(reducing, room))) + after
-    sent = moved.all_reduced + moved.reduce_scattered + moved.gathered_behind + moved.gathered_after
-    messages = math.ceil(sent / MESSAGE_BYTES)
+    messages = math.ceil(moved.handed_over / MESSAGE_BYTES)
     return StepTime(computing_s, reducing + behind + after, exposed, messages * latency_s)
+
+
+def rates_of(setup: Setup, network: Network) -> Rates:
+    """What the links of such a cluster give the setup's collectives."""
+    ring = ring_ranks(setup)
+    inside = 1 / (network.inside * LINK_SHARE)
+    between = 1 / (network.between * LINK_SHARE)
+    if ring > network.node:  # the bytes of each rank's ring leave the node once, not once for each of its GPUs
+        return Rates.of_rings(ring, max(inside, between))
+    # each GPU of a node has a ring of its own to the other nodes, and they share the ports
+    return Rates.of_rings(ring, inside, setup.world_size // ring, max(inside, ring * between))
 
 
 def predict(setup: Setup, gpu: str, network: Network) -> StepTime:
@@ -160,14 +207,9 @@ def predict(setup: Setup, gpu: str, network: Network) -> StepTime:
     ranks = setup.world_size
     rate = getattr(PEAK_FLOPS[gpu], setup.precision) * 1e12 * expected_mfu(gpu, setup.model.n_parameters).mfu
     tokens = setup.batch.global_size * setup.model.seq_len / ranks
-    nodes = math.ceil(ranks / network.node)
-    a_byte = 1 / (network.inside * LINK_SHARE)
-    if nodes > 1:  # the bytes of each rank's ring leave the node once, not once for each of its GPUs
-        a_byte = max(a_byte, 1 / (network.between * LINK_SHARE))
     hops = 2 * math.ceil(math.log2(ranks)) if ranks > 1 else 0
-    accumulation = setup.batch.accumulation(ranks)
-    moved = collectives(setup)
-    return step_time(moved, tokens * setup.model.flops_per_token / rate, accumulation, ranks, a_byte, hops * LATENCY_S)
+    computing_s, accumulation = tokens * setup.model.flops_per_token / rate, setup.batch.accumulation(ranks)
+    return step_time(collectives(setup), computing_s, accumulation, rates_of(setup, network), hops * LATENCY_S)
 
 
 def scaling_row(setup: Setup, gpu: str, network: Network) -> dict[str, Any]:
@@ -179,7 +221,7 @@ def scaling_row(setup: Setup, gpu: str, network: Network) -> dict[str, Any]:
         "gpus": setup.world_size,
         "micro_batch_size": setup.batch.micro_size,
         "accumulation": setup.batch.accumulation(setup.world_size),
-        "gb_a_step": round(wire_bytes(collectives(setup), setup.world_size) / GB, 2),
+        "gb_a_step": round(wire_bytes(setup) / GB, 2),
         "computing_ms": round(time.computing * 1e3, 1),
         "communicating_ms": round(time.communicating * 1e3, 1),
         "step_ms": round(time.total * 1e3, 1),

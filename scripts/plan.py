@@ -255,12 +255,21 @@ def show_scaling(setup: Setup, gpu: Gpu, config: Config, console: Console, as_js
 def scaling_rows(setup: Setup, gpu: Gpu, config: Config, network: Network) -> list[dict[str, Any]]:
     """Every engine on every number of nodes that the batch divides among, with the config's micro batch at most."""
     rows = []
-    for choice in choices(setup, config)[::3]:
-        for nodes in NODES:
+    for choice in scaling_choices(setup, config, network):
+        for nodes in NODES[1:] if choice.sharding.ranks else NODES:  # on one node hybrid is nothing of its own
             many = dataclasses.replace(choice, world_size=nodes * network.node)
             if sizes := [size for size in many.micro_sizes if size <= setup.batch.micro_size]:
                 rows.append(scaling_row(many.with_micro_size(max(sizes)), gpu.peak, network))
     return rows
+
+
+def scaling_choices(setup: Setup, config: Config, network: Network) -> list[Setup]:
+    """The setup on every engine, FSDP both over all ranks and over those of a node."""
+    found = []
+    for each in choices(setup, config)[::3]:
+        ranks = (0, network.node) if each.sharding.engine == "fsdp" else (0,)
+        found += [dataclasses.replace(each, sharding=dataclasses.replace(each.sharding, ranks=n)) for n in ranks]
+    return found
 
 
 def choices(setup: Setup, config: Config) -> list[Setup]:

@@ -170,6 +170,14 @@ def run_two_ranks(body: str, *, nodes: int = 1, arguments: tuple[str, ...] = ())
     return run_ranks(body, 2, nodes=nodes, arguments=arguments)
 
 
+BEFORE = """
+import json, sys, torch
+from pretrain.ranks import join, leave
+from pretrain.reports import end_at_once
+me = join(torch.device("cpu"), 5)
+"""
+
+
 def run_ranks(
     body: str, world_size: int, *, nodes: int = 1, arguments: tuple[str, ...] = (), timeout_s: int = PROCESS_TIMEOUT_S
 ) -> list[Any]:
@@ -179,7 +187,9 @@ def run_ranks(
         body: the script; `me` is its Ranks, `sys.argv[1:]` the arguments.
         nodes: the ranks are divided among, as far as they can know.
     """
-    script = "import json, sys, torch\nfrom pretrain.ranks import join, leave\nfrom pretrain.reports import end_at_once\n"
+    script = (
+        "import json, sys, torch\nfrom pretrain.ranks import join, leave\nfrom pretrain.reports import end_at_once\n"
+    )
     script += f"me = join(torch.device('cpu'), 5)\n{textwrap.dedent(body)}\nleave(me)\nend_at_once(0)\n"
     meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
