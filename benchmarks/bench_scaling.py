@@ -26,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,7 @@ from pretrain.memory import Setup
 from pretrain.model_config import ModelConfig
 from pretrain.plan import make_setup
 from pretrain.ranks import Ranks, join, leave
+from pretrain.reports import end_at_once
 from pretrain.scaling import Rates, collectives, step_time
 
 RANKS = 2
@@ -61,7 +62,7 @@ Step = Callable[[], object]
 
 
 def shape_of(scale: int) -> ModelConfig:
-    """A GPT about `scale`² × 40,000 parameters large."""
+    """A GPT of 5.3M parameters for a scale of 4: it grows with the square and more."""
     return ModelConfig(
         size="custom", n_layer=2 + scale, n_head=4, d_model=64 * scale, vocab_size=2048, seq_len=128, dropout=0.0
     ).resolve()
@@ -183,7 +184,7 @@ def evaluate(
     return checks, details
 
 
-def work(options: argparse.Namespace) -> int:
+def work(options: argparse.Namespace) -> NoReturn:
     """What a rank does; the first writes what it found: on one rank the engines' own work, on two the checks."""
     ranks = join(CPU, 10)
     bench = Bench(ranks, options.engines, options.scale)
@@ -196,7 +197,7 @@ def work(options: argparse.Namespace) -> int:
         checks, details = evaluate(bench, rounds, json.loads(options.own))
         result.write_text(json.dumps({"checks": [vars(check) for check in checks], "details": details}))
     leave(ranks)
-    return 0
+    end_at_once(0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=lambda text: text.split(","), default=list(ENGINES), help=", ".join(ENGINES))
     parser.add_argument("--rounds", type=int, default=5, help="times that everything runs (5)")
-    parser.add_argument("--scale", type=int, default=4, help="of the model; 4 is 4.1M parameters (4)")
+    parser.add_argument("--scale", type=int, default=4, help="of the model; 4 is 5.3M parameters (4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/DEVICE/scaling.json")
     parser.add_argument("--result", default="", help=argparse.SUPPRESS)
@@ -226,7 +227,7 @@ def start(words: list[str], options: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / f"own{number}.json" for number in range(RANKS)]
         alone = [launched(1, [*words, "--result", str(result)]) for result in results]  # so many: as busy as together
-        if code := max(process.wait() for process in alone):
+        if code := next(filter(None, [process.wait() for process in alone]), 0):
             return code
         found = [json.loads(result.read_text()) for result in results]
         own = {name: statistics.fmean(each[name] for each in found) for name in found[0]}

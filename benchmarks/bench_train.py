@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))  # where the 
 from environments import python_of
 from worker import Spec
 
-from pretrain.checks import RESULTS, Check, device_title, publish
+from pretrain.checks import RESULTS, Check, device_title, publish, save_result
 from pretrain.errors import ConfigError, TrainerError
 from pretrain.listings import print_table
 from pretrain.model_config import MODEL_SIZES
@@ -144,8 +144,9 @@ class Side:
     def turn(self, steps: int) -> None:
         """Have it take so many steps."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended: _listen says how
+            self._process.stdin.write(f"{steps}\n")
+            self._process.stdin.flush()
         self.turns.append(self._listen())
 
     def _listen(self) -> dict[str, Any]:
@@ -371,11 +372,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--eager is of ours alone, and --peers compares with ours at its best", "Leave one out.")
         if options.rounds < 1:
             raise ConfigError("--rounds must be at least 1")
-        found = dict(run_all(options, shapes))
+        return measure_all(options, shapes)
     except TrainerError as error:
         print(error.line(), file=sys.stderr)
         return error.exit_code
-    rows = {**known_rows(device_title()), **found} if options.save else found
+
+
+def measure_all(options: argparse.Namespace, shapes: dict[str, Shape]) -> int:
+    """Row by row; each is saved as soon as it is there, for they take minutes."""
+    rows = known_rows(device_title()) if options.save else {}
+    for key, row in run_all(options, shapes):
+        rows[key] = row
+        if options.save:
+            save_result("train", checks_of(rows, shapes), {"rows": rows})
     if not options.json:
         show(rows)
     return publish("train", checks_of(rows, shapes), as_json=options.json, save=options.save, details={"rows": rows})

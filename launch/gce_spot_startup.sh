@@ -30,6 +30,7 @@ environment=()
 for name in "${VARIABLES[@]}"; do
     value="$(attribute "$name")"
     if [[ -z "$value" && "$name" = GRACE_S ]]; then value=20; fi # a preempted VM has 30 s
+    if [[ -z "$value" && "$name" = MEET_S ]]; then value=1800; fi # the other nodes may have to wait for a VM
     if [[ -n "$value" ]]; then environment+=("--setenv=$name=$value"); fi
 done
 

@@ -13,7 +13,7 @@ from typing import Any
 from pretrain.errors import ConfigError, ShardError
 from pretrain.ranks import Ranks
 
-PACKAGES = ("torch", "deepspeed", "numpy", "safetensors")
+PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "torchao")
 OWN_TO_A_NODE = (
     "data.cache_dir",
     "data.cache_gb",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import time
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from pretrain import hardware, ranks
 from pretrain.errors import EXIT_DONE, EXIT_UNEXPECTED
 from pretrain.processes import end_with_launcher
+from pretrain.reports import end_at_once
 
 BUFFER_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 ROUNDS, WARM_UPS = 7, 2
@@ -56,4 +56,4 @@ def _wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main())

@@ -86,9 +86,7 @@ def publish(
         save: write benchmarks/results/{device}/{name}.json, too.
         details: what else belongs into the object: settings, rows of a table.
     """
-    passed = all(check.passed for check in checks)
-    found = [check.to_json() for check in checks]
-    tree = {**result(name, device_title(), found, passed), **(details or {})}
+    tree = _tree(name, checks, details or {})
     if as_json:
         print(json.dumps(tree, indent=1))
     else:
@@ -104,7 +102,18 @@ def publish(
         ]
         print_table(("check", "value", "goal", "unit", "passed"), rows, Console(), right=("value", "goal"))
     if save:
-        path = RESULTS / tree["device"] / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    return EXIT_DONE if passed else EXIT_MISSED
+        save_result(name, checks, details or {})
+    return EXIT_DONE if tree["passed"] else EXIT_MISSED
+
+
+def save_result(name: str, checks: Sequence[Check], details: dict[str, Any]) -> None:
+    """Write benchmarks/results/{device}/{name}.json; see `publish`."""
+    tree = _tree(name, checks, details)
+    path = RESULTS / tree["device"] / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+
+
+def _tree(name: str, checks: Sequence[Check], details: dict[str, Any]) -> dict[str, Any]:
+    found = [check.to_json() for check in checks]
+    return {**result(name, device_title(), found, all(check.passed for check in checks)), **details}

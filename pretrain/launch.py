@@ -40,7 +40,9 @@ from pretrain.processes import LAUNCHER_PID
 from pretrain.rendezvous import BACKEND, NodesRendezvous, register
 from pretrain.stopping import SIGNALS, is_nohup
 
-ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()}  # the worker has printed its line
+ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()} - {
+    EXIT_UNEXPECTED
+}  # the worker printed its line
 LOOPBACK, MASTER_PORT = "127.0.0.1", 29500
 SAVE_S = 600  # when another node comes in, the ranks save first
 SHUTDOWN_S = 5  # when one worker has failed, nothing that the others do can end well: their peer is gone

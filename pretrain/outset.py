@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -17,6 +18,7 @@ from pretrain.budget import Prediction
 from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
 from pretrain.corpus import Corpus, fetch_corpus
+from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.memory import Setup
 from pretrain.metrics import Metrics, open_metrics
 from pretrain.micro_batch import choose_micro_size
@@ -39,9 +41,18 @@ def meet(config: Config, debug: bool) -> tuple[torch.device, Ranks]:
     me = ranks.join(device, config.train.timeout_minutes)
     failpoints.arm(me.rank)
     log.setup(me.rank, Path(config.log.dir) / config.run.name, debug)
-    check_alike(me, ROOT, asdict(config))
+    check_alike(me, ROOT, _settings(config, me.world_size))
     tell_topology(me, device, config.train.timeout_minutes)
     return device, me
+
+
+def _settings(config: Config, world_size: int) -> dict[str, Any]:
+    """The config as a tree of sections, and what DeepSpeed is told by it and by ds_config.json."""
+    tree = asdict(config)
+    if config.engine.name == "deepspeed":
+        optim, precision = config.optim, config.train.precision
+        tree["ds_config"], _ = deepspeed_settings(config.engine, optim, config.batch.settled, precision, world_size)
+    return tree
 
 
 def settle_micro_size(config: Config, device: torch.device, ranks: Ranks) -> Config:

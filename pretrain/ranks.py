@@ -14,12 +14,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from pretrain.communication import BACKGROUND_TIMEOUT, collective_timeout, settle
@@ -27,6 +30,8 @@ from pretrain.errors import ConfigError, TrainerError, error_of
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FAILED = "failed before the ranks met"  # key of the store
+ROLL_CALL = timedelta(seconds=1)
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT")
 
 
@@ -144,12 +149,14 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
     Without a launcher this process is the only rank.
 
     Raises:
-        ConfigError: the launcher set only some of them.
+        ConfigError: the launcher set only some of them; or what another rank failed with before it came.
+        TrainerError: one did not come.
     """
     environment = os.environ
-    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+    alone = "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1"
+    if alone:  # DeepSpeed wants an address, too, which nobody asks for anything
         environment.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     _end_with_torchrun()
     if missing := [name for name in LAUNCHER_VARIABLES if not environment.get(name)]:
         there = ", ".join(name for name in LAUNCHER_VARIABLES if name not in missing)
@@ -160,15 +167,54 @@ def join(device: torch.device, timeout_minutes: int) -> Ranks:
     local_rank, local_world_size = local_ranks()
     settle(several_nodes=int(environment["WORLD_SIZE"]) > local_world_size)
     timeout = collective_timeout(timeout_minutes)
+    store, rank, world_size = (HashStore(), 0, 1) if alone else _meet(timeout)
+    place: dict[str, Any] = {"store": store, "rank": rank, "world_size": world_size}
     if device.type == "cuda":
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         check_own_gpu(store, rank, world_size, str(torch.cuda.get_device_properties(device).uuid))
-        place = {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group("nccl", timeout=timeout, device_id=device, **place)
     else:
-        dist.init_process_group("gloo", timeout=timeout)
+        dist.init_process_group("gloo", timeout=timeout, **place)
     control: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=timeout)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, control)
+
+
+def _meet(timeout: timedelta) -> tuple[Store, int, int]:
+    """(store, rank, world size) once every rank is there."""
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set(f"here {rank}", "")
+    deadline = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store.wait([f"here {number}" for number in range(world_size)], ROLL_CALL)
+            return store, rank, world_size
+        except dist.DistStoreError:  # not yet
+            if store.check([FAILED]):
+                raise _shared_error(json.loads(store.get(FAILED))) from None
+            if time.monotonic() > deadline:
+                missing = [number for number in range(world_size) if not store.check([f"here {number}"])]
+                which = f"{len(missing)} of {world_size} ranks did not come in {timeout.total_seconds():g} s"
+                what = f"{which}: {', '.join(map(str, missing[:8]))}"
+                raise TrainerError(what, "Look at what their nodes say.") from None
+
+
+def tell_of_failure(error: TrainerError, patience: timedelta) -> bool:
+    """Have the ranks that wait in `join` raise this rank's error, too, which came before it could meet them.
+
+    Args:
+        patience: for reaching them.
+
+    Returns:
+        Whether they are told; not where nobody is there.
+    """
+    if any(not os.environ.get(name) for name in LAUNCHER_VARIABLES):
+        return False
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=patience))
+        what = f"rank {rank} on {socket.gethostname()}: {error.what}"
+        store.set(FAILED, json.dumps({**error.told(), "what": what}))
+    except (RuntimeError, ValueError):  # nobody is there, or the launcher's variables are no numbers
+        return False
+    return True
 
 
 def check_own_gpu(store: Any, rank: int, world_size: int, gpu: str) -> None:
@@ -240,9 +286,3 @@ def is_news(line: str, alone: bool = False) -> bool:
         return int(store.add(f"error line {hashlib.sha256(line.encode()).hexdigest()}", 1)) == 1
     except RuntimeError:  # the process that kept the store is gone
         return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

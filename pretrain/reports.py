@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import NoReturn
 
 from pretrain import log
@@ -32,11 +33,26 @@ def report(error: TrainerError, debug: bool) -> int:
         logger.error(error.line(), extra=log.FILE_ONLY)
     if debug:
         traceback.print_exception(error)
-    if error.shared and rank:
+    if error.shared and rank and not _is_unheard(error):
         time.sleep(RANK_0_SPEAKS_S)  # a launcher ends all ranks when the first one ends: not before rank 0 has said it
     elif error.shared or _is_news(error):
         print((f"[rank {rank}] " if rank else "") + log.mask(error.line()), file=sys.stderr, flush=True)
     return error.exit_code
+
+
+def _is_unheard(error: TrainerError) -> bool:
+    """Whether this rank, the first of a node, must say itself what all ranks should have: rank 0 can't be told.
+
+    Before the ranks have met it may be this node's alone: an older card, other packages, another command line.
+    """
+    if os.environ.get("LOCAL_RANK") != "0":
+        return False
+    import torch
+
+    from pretrain.ranks import tell_of_failure
+
+    told = torch.distributed.is_initialized() or tell_of_failure(error, timedelta(seconds=RANK_0_SPEAKS_S))
+    return not told
 
 
 def _is_news(error: TrainerError) -> bool:

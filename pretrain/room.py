@@ -67,6 +67,14 @@ class FileLock:
         self.release()
 
 
+def is_set_aside(building: Path) -> bool:
+    """Whether somebody fetches a shard, by the path of its lock, and has its room already."""
+    try:
+        return building.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def lock(descriptor: int, kind: int) -> bool:
     """Lock an open file, as flock; False where somebody else has it and `kind` does not wait."""
     try:

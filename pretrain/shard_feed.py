@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pretrain.cache import POLL_S, Hold, Shard, ShardCache
+from pretrain.room import BUILDING, is_set_aside
 from pretrain.storage import ObjectInfo
 
 ROOM_PATIENCE_S = 10.0  # for other ranks to let go of what they read before; then the bound must give way
@@ -215,16 +216,17 @@ class ShardFeed:
             return cache.hold(info) or POLL_S
 
     def _room_before(self, index: int) -> int:
-        """Bytes that the shards before one which nobody reads yet still need. Another rank may be about to fetch them
-        and read them at once, and would wait in vain for the room that this one took."""
+        """Bytes that the shards read before this one still need. Another rank may be about to fetch them: for room that
+        this one took it would wait in vain, since it reads on, and lets go of others, only when they are here."""
         if not self._cache.room.limit_bytes:
             return 0
         with self._changed:
-            before = [] if self._is_needed(index) else [*self._asked, *self._now, *self._ahead]
-            before = before[: before.index(index)] if index in before else []
-            lacking = [self._objects[each] for each in before if each not in self._held and each not in self._busy]
-        infos = [info for info in lacking if not self._cache.is_here(info)]
-        return sum(self._cache.token_bytes(info) + self._cache.download_bytes(info) for info in infos)
+            wanted = [*self._asked, *self._now, *self._ahead]
+            before = wanted[: wanted.index(index)] if index in wanted else []
+            lacking = [self._objects[each] for each in before if each not in self._held]
+        cache = self._cache
+        infos = [each for each in lacking if not cache.is_here(each) and not is_set_aside(cache.path(each, BUILDING))]
+        return sum(cache.token_bytes(info) + cache.download_bytes(info) for info in infos)
 
     def _must(self, index: int) -> bool:
         """Whether it is needed, and has had no room for so long that the bound gives way."""

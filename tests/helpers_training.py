@@ -60,8 +60,9 @@ def single_rank() -> Iterator[Ranks]:
     before = {name: os.environ.pop(name, None) for name in LAUNCHER_VARIABLES}
     try:
         yield join(torch.device("cpu"), timeout_minutes=1)
-        dist.destroy_process_group()
     finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:

@@ -205,7 +205,7 @@ def test_the_start_up_script_makes_a_unit_of_the_instances_metadata(machine):
     words = (machine.folder / "unit").read_text().splitlines()
     assert words[-2:] == ["bash", "prod_train.sh"] and f"--working-directory={machine.folder}" in words
     given = {word.removeprefix("--setenv=") for word in words if word.startswith("--setenv=")}
-    assert given == {"DATA=gs://b/my shards", "NNODES=1", "RUN=x", "GRACE_S=20"}
+    assert given == {"DATA=gs://b/my shards", "NNODES=1", "RUN=x", "GRACE_S=20", "MEET_S=1800"}
     assert f"--property=RestartPreventExitStatus={' '.join(map(str, FINAL))}" in words
 
     (machine.folder / "metadata").write_text("DATA gs://b\n")

@@ -19,7 +19,8 @@ STEP = """
     from pretrain.engine.build import build_engine
     from pretrain.model_config import ModelConfig
     from pretrain.pretrained import first_weights
-    from pretrain.ranks import join
+    from pretrain.ranks import join, leave
+    from pretrain.reports import end_at_once
 
     cpu, me = torch.device("cpu"), join(torch.device("cpu"), 1)
     optim, batch = OptimConfig(lr=1e-2, warmup_steps=0), BatchConfig(global_size=4, micro_size=2)
@@ -34,6 +35,8 @@ STEP = """
     assert losses[-1] < losses[0], losses
     heavy = ("torch._dynamo", "torch._inductor", "torch.fx.experimental.symbolic_shapes", "sympy")
     print(engine.name, *[name for name in heavy if name in sys.modules])
+    leave(me)
+    end_at_once(0)
 """
 
 

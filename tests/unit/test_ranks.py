@@ -1,15 +1,22 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
-from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
-from pretrain.ranks import check_own_gpu, join, local_ranks
-from tests.helpers_training import LAUNCHER_VARIABLES, run_two_ranks, single_rank
+from pretrain import ranks
+from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError, TrainerError
+from pretrain.ranks import check_own_gpu, join, local_ranks, tell_of_failure
+from tests.emulators import free_port
+from tests.helpers_training import LAUNCHER_VARIABLES, ROOT, run_two_ranks, single_rank
 
 
 @pytest.fixture
@@ -134,6 +141,46 @@ def test_half_of_a_launchers_variables_is_refused(no_launcher, variables, words)
         join(torch.device("cpu"), 1)
 
 
+WAITING = """
+import torch
+from pretrain.errors import ConfigError
+from pretrain.ranks import join
+try:
+    join(torch.device("cpu"), 5)
+except ConfigError as error:
+    print(error.shared, error)
+"""
+
+
+def test_a_rank_that_fails_before_it_has_met_the_others_is_named_by_those_who_wait(no_launcher):
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, **place, "RANK": "0", "PYTHONPATH": str(ROOT)}
+    waiting = subprocess.Popen([sys.executable, "-c", WAITING], env=environment, stdout=subprocess.PIPE, text=True)
+    for name, value in {**place, "RANK": "1"}.items():
+        no_launcher.setenv(name, value)
+    assert tell_of_failure(ConfigError("an old card", "Take another."), timedelta(seconds=100))
+    said, _ = waiting.communicate(timeout=100)
+    assert said == f"True rank 1 on {socket.gethostname()}: an old card. Take another.\n" and waiting.returncode == 0
+
+
+def test_where_nobody_waits_nobody_is_told(no_launcher):
+    error, patience = ConfigError("an old card"), timedelta(seconds=0.5)
+    assert not tell_of_failure(error, patience)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        no_launcher.setenv(name, value)
+    no_launcher.setenv("MASTER_PORT", str(free_port()))
+    assert not tell_of_failure(error, patience)
+    no_launcher.setenv("MASTER_PORT", "x")
+    assert not tell_of_failure(error, patience)
+
+
+def test_ranks_that_do_not_come_are_named(monkeypatch):
+    monkeypatch.setattr(ranks, "rendezvous", lambda *_, **__: iter([(HashStore(), 0, 3)]))  # as the launcher's
+    monkeypatch.setattr(ranks, "ROLL_CALL", timedelta(milliseconds=10))
+    with pytest.raises(TrainerError, match=r"2 of 3 ranks did not come in 0\.2 s: 1, 2"):
+        ranks._meet(timedelta(seconds=0.2))
+
+
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "LOCAL_SIZE"])
 def test_a_rank_that_is_no_number_is_named(no_launcher, name):
     no_launcher.setenv(name, "x")
@@ -142,7 +189,7 @@ def test_a_rank_that_is_no_number_is_named(no_launcher, name):
 
 
 def test_two_ranks_on_one_gpu_are_named_on_both():
-    store = dist.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         ends = [pool.submit(check_own_gpu, store, rank, 3, gpu) for rank, gpu in enumerate(("a", "b", "a"))]
         errors = [end.exception(30) for end in ends]
@@ -152,7 +199,7 @@ def test_two_ranks_on_one_gpu_are_named_on_both():
 
 
 def test_each_rank_on_a_gpu_of_its_own_may_go_on():
-    store = dist.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(2) as pool:
         ends = [pool.submit(check_own_gpu, store, rank, 2, gpu) for rank, gpu in enumerate("ab")]
         assert [end.result(30) for end in ends] == [None, None]

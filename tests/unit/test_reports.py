@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import train
-from pretrain import reports
+from pretrain import ranks, reports
 from pretrain.config import BatchConfig
 from pretrain.errors import CheckpointError, ConfigError, DivergenceError, ShardError, StorageError
 from pretrain.model_config import ModelConfig
@@ -15,6 +15,7 @@ from tests.helpers_training import run_two_ranks
 
 def as_rank(monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,17 @@ def test_an_error_of_every_rank_is_said_by_rank_0_and_the_others_let_it_speak(mo
             assert reports.report(error, debug=False) == error.exit_code
     assert capsys.readouterr().err.splitlines() == ["storage error: disk full", "config error: wrong", "diverged: nan"]
     assert waits == [reports.RANK_0_SPEAKS_S] * 6
+
+
+@pytest.mark.parametrize(("told", "lines"), [(True, []), (False, ["[rank 8] config error: an old card"])])
+def test_before_the_ranks_have_met_a_node_speaks_where_rank_0_can_not_be_told(monkeypatch, capsys, told, lines):
+    monkeypatch.setattr(reports.time, "sleep", lambda _: None)
+    monkeypatch.setattr(ranks, "tell_of_failure", lambda error, patience: told)
+    for rank, local_rank in ((9, 1), (8, 0)):
+        as_rank(monkeypatch, rank)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        assert reports.report(ConfigError("an old card"), debug=False) == 2
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_an_error_before_there_is_a_log_is_said_once(monkeypatch, capsys):

@@ -386,7 +386,8 @@ def test_what_is_needed_and_has_no_room_for_long_comes_all_the_same(source, data
     found.feed.close()
 
 
-def test_what_nobody_reads_yet_takes_no_room_that_an_earlier_one_needs(source, data, monkeypatch):
+@pytest.mark.parametrize(("now", "ahead"), [([], [4, 5]), ([4, 5], [])], ids=["ahead", "now"])
+def test_no_shard_takes_room_that_an_earlier_one_needs(source, data, monkeypatch, now, ahead):
     data = dataclasses.replace(data, **BOUND)
     _, other = opened(source, data)
     other.feed.want(range(4), [])  # leaves room for one more
@@ -401,7 +402,7 @@ def test_what_nobody_reads_yet_takes_no_room_that_an_earlier_one_needs(source, d
 
     monkeypatch.setattr(Room, "set_aside", watched)
     with found.feed._cache.lock(found.feed._objects[4]):  # another rank is at it, and has no room yet
-        found.feed.want([], [4, 5])
+        found.feed.want(now, ahead)
         until(lambda: refused)
         assert bucket.downloaded == []
     until(lambda: bucket.downloaded)
