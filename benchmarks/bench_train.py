@@ -3,13 +3,15 @@
     python benchmarks/bench_train.py [--configs NAME,NAME] [--precision bf16,fp32] [--rounds N] [--eager]
                                      [--json] [--save]
     python benchmarks/bench_train.py --peers [trainer,litgpt,accelerate,plain] …
+    python benchmarks/bench_train.py --engines [ddp,fsdp,zero2] …
 
 Ours is what `train.py --compile` builds and the steps that it takes, with its data pipeline, telemetry and records. The
 rate of matrix products is measured in the same process after each turn. `--peers` trains the same model on the same
 tokens, in the same precision and with AdamW, by others, each in a process of its own, as its documentation starts it
 and at its best flags. The sides take turns, a few steps each, and their order changes from round to round; a ratio is
 the median of the rounds'. Every side says how many parameters it trains and what its first loss was, and they must
-agree. Environments of the peers are made at the first use, in .venv/peers.
+agree. Environments of the peers are made at the first use, in .venv/peers. `--engines` has our own engines take turns
+with the plain one, all on one rank, where nothing is communicated: what an engine costs by itself.
 
 With --save the rows of other configs and precisions that the results file has are kept.
 """
@@ -61,6 +63,7 @@ class Shape:
         global_size: sequences of a step.
         steps: of a turn.
         tokens_goal: tokens/s that a bf16 run should reach; 0: none.
+        fp8_goal: the same for an fp8 run.
         rate_goal: share of the matrix rate that a bf16 run should reach; 0: none.
     """
 
@@ -74,6 +77,7 @@ class Shape:
     d_model: int = 0
     vocab_size: int = 50257
     tokens_goal: float = 0.0
+    fp8_goal: float = 0.0
     rate_goal: float = 0.0
 
 
@@ -86,7 +90,9 @@ GPU_SHAPES = {  # not run here: the goals are those of the project's plan for on
     "125M": Shape(1024, 0, BATCH_TOKENS // 1024, 2, size="125M", tokens_goal=520e3),
     "350M": Shape(1024, 0, BATCH_TOKENS // 1024, 1, size="350M", tokens_goal=190e3),
     "760M": Shape(2048, 0, BATCH_TOKENS // 2048, 1, size="760M", tokens_goal=92e3),
-    "1.2B": Shape(2048, 0, BATCH_TOKENS // 2048, 1, n_layer=22, n_head=16, d_model=2048, tokens_goal=62e3),
+    "1.2B": Shape(
+        2048, 0, BATCH_TOKENS // 2048, 1, n_layer=22, n_head=16, d_model=2048, tokens_goal=62e3, fp8_goal=80e3
+    ),
 }
 DEFAULT_CONFIGS = ("small", "125M")  # on a CPU; on a GPU all
 
@@ -99,12 +105,16 @@ class Peer:
         title: as people know it.
         environment: `requirements-NAME.txt` of it; '': that of the benchmark.
         position: how its model knows where a token is; ours that it is held against does so, too.
+        flags: that it runs with.
+        engine: of ours.
     """
 
     title: str
     script: str
     environment: str
     position: str = "learned"
+    flags: tuple[str, ...] = ("documented", "best")
+    engine: str = "single"
 
 
 PEERS = {
@@ -113,6 +123,11 @@ PEERS = {
     "accelerate": Peer("Accelerate", "accelerate_loop.py", "hf"),
     "plain": Peer("a plain loop", "plain.py", ""),
 }
+ENGINES = {
+    name: Peer(f"ours by {name}", "ours.py", "", flags=("best",), engine=name)
+    for name in ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+}
+PRECISIONS = ("bf16", "fp32", "fp8")
 
 
 class Side:
@@ -256,8 +271,10 @@ def compare(shape: Shape, precision: str, peer: Peer, rounds: int, title: str, q
         spec = make_spec(shape, precision, peer.position, folder)
         ours = stack.enter_context(Side("ours", "ours.py", sys.executable, spec))
         others = [
-            stack.enter_context(Side(f"{peer.title} {flags}", peer.script, python, replace(spec, flags=flags)))
-            for flags in ("documented", "best")
+            stack.enter_context(
+                Side(f"{peer.title} {flags}", peer.script, python, replace(spec, flags=flags, engine=peer.engine))
+            )
+            for flags in peer.flags
         ]
         for other in others:
             check_same(ours, other)
@@ -271,7 +288,7 @@ def compare(shape: Shape, precision: str, peer: Peer, rounds: int, title: str, q
             return [round(b[of] / a[of], 3) for a, b in zip(ours.turns, other.turns, strict=True)]
 
         row: dict[str, Any] = {"ours_tokens_per_second": speed(ours)}
-        for flags, other in zip(("documented", "best"), others, strict=True):
+        for flags, other in zip(peer.flags, others, strict=True):
             ratios = times(other, "seconds")
             row[flags] = {
                 "tokens_per_second": speed(other),
@@ -291,8 +308,8 @@ def checks_of(rows: dict[str, dict[str, Any]], shapes: dict[str, Shape]) -> list
         shape, title = shapes[name], key.replace(" ", "_")
         if shape.rate_goal and precision == "bf16":
             checks.append(Check(f"{title}_of_matrix_rate", row["of_matrix_rate"], "≥", shape.rate_goal, "of 1"))
-        if shape.tokens_goal and precision == "bf16":
-            checks.append(Check(f"{title}_speed", row["tokens_per_second"], "≥", shape.tokens_goal, "tokens/s"))
+        if goal := {"bf16": shape.tokens_goal, "fp8": shape.fp8_goal}.get(precision, 0.0):
+            checks.append(Check(f"{title}_speed", row["tokens_per_second"], "≥", goal, "tokens/s"))
         for peer, found in row.get("peers", {}).items():
             for flags, goal in (("documented", GOAL_DOCUMENTED), ("best", GOAL_BEST)):
                 checks.append(Check(f"{title}_over_{peer}_{flags}", found[flags]["ours_is_faster"], "≥", goal, "x"))
@@ -317,9 +334,9 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     print_table(columns, lines, Console(), right=columns[1:])
 
 
-def known_rows(device: str) -> dict[str, dict[str, Any]]:
-    """The rows of the results file, by "CONFIG PRECISION"; none where there is no file."""
-    path = RESULTS / device / "train.json"
+def known_rows(device: str, name: str) -> dict[str, dict[str, Any]]:
+    """The rows of a results file, by "CONFIG PRECISION"; none where there is no file."""
+    path = RESULTS / device / f"{name}.json"
     rows: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
     return rows
 
@@ -339,6 +356,38 @@ def run_all(options: argparse.Namespace, shapes: dict[str, Shape]) -> Iterator[t
             yield key, {**row, "rounds": options.rounds, "steps": shape.steps}
 
 
+def run_engines(options: argparse.Namespace, shapes: dict[str, Shape]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("CONFIG PRECISION", {engine: its row beside the plain one}), one after the other."""
+    for name in options.configs:
+        for precision in options.precision:
+            key = f"{name} {precision}"
+            row = {
+                engine: compare(
+                    shapes[name], precision, ENGINES[engine], options.rounds, f"{key} and {engine}", options.json
+                )
+                for engine in options.engines
+            }
+            yield key, row
+
+
+def show_engines(rows: dict[str, dict[str, Any]]) -> None:
+    """What each engine costs, as a table for people."""
+    columns = ("config", "engine", "tokens/s", "plain", "plain is faster", "memory GB")
+    lines = [
+        [
+            key,
+            engine,
+            f"{found['best']['tokens_per_second']:,.0f}",
+            f"{found['ours_tokens_per_second']:,.0f}",
+            f"{found['best']['ours_is_faster']:.2f} x",
+            f"{found['best']['peak_memory_gb']:.2f}",
+        ]
+        for key, row in rows.items()
+        for engine, found in row.items()
+    ]
+    print_table(columns, lines, Console(), right=columns[2:])
+
+
 def words(text: str) -> list[str]:
     """Of a list with commas."""
     return [word for word in text.split(",") if word]
@@ -350,7 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = [name for name in shapes if name in DEFAULT_CONFIGS or torch.cuda.is_available()]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=words, default=default, help=f"of {', '.join(shapes)} ({','.join(default)})")
-    parser.add_argument("--precision", type=words, default=["bf16"], help="of bf16, fp32 (bf16)")
+    parser.add_argument("--precision", type=words, default=["bf16"], help=f"of {', '.join(PRECISIONS)} (bf16)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (5)")
     parser.add_argument(
         "--peers",
@@ -360,16 +409,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=[],
         help=f"others to run beside it: {', '.join(PEERS)}",
     )
+    parser.add_argument(
+        "--engines",
+        type=words,
+        nargs="?",
+        const=list(ENGINES),
+        default=[],
+        help=f"our engines to run beside the plain one: {', '.join(ENGINES)}",
+    )
     parser.add_argument("--eager", action="store_true", help="ours without torch.compile; not with --peers")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/DEVICE/train.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/DEVICE/train.json, engines.json")
     options = parser.parse_args(argv)
     try:
-        for option, known in (("configs", shapes), ("precision", ("bf16", "fp32")), ("peers", PEERS)):
+        known_words = {"configs": shapes, "precision": PRECISIONS, "peers": PEERS, "engines": ENGINES}
+        for option, known in known_words.items():
             if unknown := [word for word in getattr(options, option) if word not in known]:
                 raise ConfigError(f"--{option} {unknown[0]!r} is none of {', '.join(known)}")
         if options.eager and options.peers:
             raise ConfigError("--eager is of ours alone, and --peers compares with ours at its best", "Leave one out.")
+        if options.engines and (options.eager or options.peers):
+            raise ConfigError("--engines is a comparison of its own", "Leave out --peers and --eager.")
         if options.rounds < 1:
             raise ConfigError("--rounds must be at least 1")
         return measure_all(options, shapes)
@@ -380,14 +440,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def measure_all(options: argparse.Namespace, shapes: dict[str, Shape]) -> int:
     """Row by row; each is saved as soon as it is there, for they take minutes."""
-    rows = known_rows(device_title()) if options.save else {}
-    for key, row in run_all(options, shapes):
+    name, run, view = ("engines", run_engines, show_engines) if options.engines else ("train", run_all, show)
+    rows = known_rows(device_title(), name) if options.save else {}
+    checks: list[Check] = []
+    for key, row in run(options, shapes):
         rows[key] = row
+        checks = [] if options.engines else checks_of(rows, shapes)
         if options.save:
-            save_result("train", checks_of(rows, shapes), {"rows": rows})
+            save_result(name, checks, {"rows": rows})
     if not options.json:
-        show(rows)
-    return publish("train", checks_of(rows, shapes), as_json=options.json, save=options.save, details={"rows": rows})
+        view(rows)
+    return publish(name, checks, as_json=options.json, save=options.save, details={"rows": rows})
 
 
 if __name__ == "__main__":

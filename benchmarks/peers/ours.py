@@ -24,6 +24,8 @@ PHASES = ("data_wait_ms", "forward_ms", "backward_ms", "optimizer_ms", "step_ms"
 
 def arguments(spec: Spec) -> list[str]:
     """The command line of train.py."""
+    stage = spec.engine.removeprefix("zero")
+    engine = {"engine.name": "deepspeed", "engine.zero_stage": stage} if stage != spec.engine else {}
     words = {
         "run.name": "bench",
         "model.family": "gpt",
@@ -47,7 +49,8 @@ def arguments(spec: Spec) -> list[str]:
         "train.max_steps": 1_000_000,
         "train.precision": spec.precision,
         "train.compile": str(spec.is_best).lower(),
-        "engine.name": "single",
+        "engine.name": spec.engine,
+        **engine,
         "checkpoint.dir": f"{spec.folder}/checkpoints",
         "log.dir": f"{spec.folder}/logs",
         "log.report": "false",
@@ -75,6 +78,7 @@ def main() -> None:
 
     run = train.build(parse(arguments(spec)))
     with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
+        unit = "bf16" if spec.precision == "fp8" else spec.precision  # MFU of fp8 is against bf16, too
         stream: Any = run.corpus.batches.stream(run.progress.position, 0, 1)
 
         def take(steps: int) -> None:
@@ -94,7 +98,7 @@ def main() -> None:
         for steps in talk.orders():
             take(steps)
             found = talk.taken()
-            rate = measure_flops(run.device, DTYPES[spec.precision])
+            rate = measure_flops(run.device, DTYPES[unit])
             talk.say(**found, rate=rate, phases=phases_of(run.metrics.folder / "metrics.jsonl", steps))
         stream.close()
 

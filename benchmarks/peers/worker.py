@@ -37,6 +37,7 @@ class Spec:
         flags: "documented": as the side's own documentation starts it; "best": at its fastest flags.
         data: .npz of one stream of tokens, `input_ids`.
         folder: where a side may write.
+        engine: of ours: single, ddp, fsdp, zero0 … zero3.
     """
 
     size: str
@@ -52,6 +53,7 @@ class Spec:
     flags: str
     data: str
     folder: str
+    engine: str = "single"
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import bench_growth, bench_startup
+from benchmarks import bench_growth, bench_startup, bench_train
 from tests.runs import ROOT, plain_environment
 
 CHECKPOINT = ROOT / "benchmarks" / "bench_checkpoint.py"
@@ -188,9 +190,32 @@ def test_its_tests_run_on_the_cpu_too(tmp_path: Path) -> None:
     assert " failed" not in ended.stdout and " passed" in ended.stdout
 
 
+# what the head of gpu.sh wants, and the project itself
+BARE = ["torch", "numpy", "pytest", "pytest-timeout", "PyYAML", "rich", "psutil", "safetensors", "refocused-gpt"]
+
+
+def test_a_bare_machine_with_the_wheels_of_gpu_sh_has_all_that_is_imported(tmp_path: Path) -> None:
+    wheels = re.search(r"NEEDED=\(([^)]*)\)", (ROOT / "benchmarks" / "gpu.sh").read_text())
+    assert wheels
+    command = [sys.executable, "-m", "tests.bare_machine", ",".join([*BARE, *wheels[1].split()])]
+    shape = bench_train.CPU_SHAPES["tiny"]
+    spec = bench_train.make_spec(shape, "fp32", "learned", str(tmp_path), "documented")
+    for engine in ("single", "zero2"):
+        (folder := tmp_path / engine).mkdir()
+        words = json.dumps(asdict(replace(spec, engine=engine, folder=str(folder))))
+        side = [*command, str(ROOT / "benchmarks" / "peers" / "ours.py"), words]
+        environment = plain_environment(PYTHONPATH=str(ROOT))
+        ended = subprocess.run(side, input="1\n", env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        hello, turn = map(json.loads, ended.stdout.splitlines())
+        assert hello["first_loss"] > 0 and turn["seconds"] > 0
+    growth = [*command, str(ROOT / "benchmarks" / "bench_growth.py"), "--help"]
+    subprocess.run(growth, env=plain_environment(PYTHONPATH=str(ROOT)), check=True, capture_output=True)
+
+
 @pytest.mark.slow
 def test_its_benchmarks_run_on_the_cpu_too(tmp_path: Path) -> None:
-    ended = gpu_script(tmp_path, "--rehearse", "train", "memory", "growth")
+    ended = gpu_script(tmp_path, "--rehearse", "train", "engines", "memory", "growth")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     names = {json.loads(path.read_text())["name"] for path in tmp_path.glob("*.json")}
-    assert names == {"train", "memory", "growth"}
+    assert names == {"train", "engines", "memory", "growth"}

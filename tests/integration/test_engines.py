@@ -15,6 +15,7 @@ from tests.engine_matrix import OPTIM, Bench
 from tests.helpers_training import run_ranks, single_rank
 
 ON_ONE = ["single", "fsdp", "zero3"]
+ALL_ON_ONE = ["single", "ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 ON_TWO = ["ddp", "fsdp", "fsdp, reducing at every micro-step", "zero0", "zero1", "zero2", "zero3"]
 STEPS = 50
 TIMEOUT_S = 400  # beside other work; seconds on an idle machine
@@ -148,11 +149,11 @@ def test_engines_that_divide_the_weights_never_hold_a_whole_model(tmp_path):
         assert 0 < found["beginning"] <= 4 * largest, kind
 
 
-@pytest.mark.slow  # fifty steps by nine engines
+@pytest.mark.slow  # fifty steps by fourteen engines
 def test_engines_take_the_same_run(tmp_path):
     expected = plain_torch(tmp_path, STEPS)
     assert sum(norm > OPTIM.clip for _, norm in expected) > STEPS / 2  # so clipping is at work
-    for world_size, kinds in ((1, ON_ONE), (2, ON_TWO)):
+    for world_size, kinds in ((1, ALL_ON_ONE), (2, ON_TWO)):
         for kind, curve in run(CURVES, world_size, tmp_path, kinds=kinds, steps=STEPS).items():
             losses = [[loss] for loss, _ in curve]
             assert_same(losses, [[loss] for loss, _ in expected], 1e-5, f"{kind} on {world_size}")
@@ -167,6 +168,16 @@ def test_engines_resume_every_checkpoint_of_each_other_on_one_rank_and_on_two(tm
     for kind in ON_TWO:
         back = run_one_rank(tmp_path, f"{kind}@2")
         curves[f"{kind}@2 -> single"] = back
+    for passage, curve in curves.items():
+        assert_same(curve, expected, 1e-5, passage)
+
+
+@pytest.mark.slow
+def test_engines_resume_on_one_rank_what_each_of_them_wrote_and_what_two_did(tmp_path):
+    expected = plain_torch(tmp_path, 6)[3:]
+    run(RESUMED, 2, tmp_path, kinds=["zero3"])
+    curves = run(RESUMED, 1, tmp_path, kinds=ALL_ON_ONE, reference="zero3@2")
+    assert len(curves) == (len(ALL_ON_ONE) + 1) * len(ALL_ON_ONE)
     for passage, curve in curves.items():
         assert_same(curve, expected, 1e-5, passage)
 
