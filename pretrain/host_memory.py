@@ -19,7 +19,7 @@ from pretrain.optim_config import largest_state_bytes, moments_bytes
 
 # Of one process: Python, torch and what else is imported; beside a GPU CUDA's context, too. Assumed, not measured.
 PROCESS_BYTES = {"cpu": 1_000_000_000, "cuda": 4_000_000_000}
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # of glibc's malloc.h
 _keeping: list[ctypes.CDLL] = []  # the C library, once it keeps what is freed
 _CGROUP = Path("/sys/fs/cgroup")
 _LIMITS = (
@@ -55,7 +55,8 @@ def keep_freed() -> bool:
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    if not (libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, -1)):
+    # One arena for all threads: each of the uploads' would keep the top of its own, which malloc_trim passes over.
+    if not all(libc.mallopt(*option) for option in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_ARENA_MAX, 1))):
         return False
     _keeping.append(libc)
     return True

@@ -25,7 +25,7 @@ from tests.runs import (
     train,
 )
 
-HANG_TIMEOUT_S, STEPS = 8.0, 200  # no save of a busy machine takes so long
+HANG_TIMEOUT_S, STEPS = 8.0, 300  # no save of a busy machine takes so long
 OPTIONS = (
     *("--engine", "native", "--checkpoint.every_steps", "20", "--resume", "auto"),
     *("--max-steps", str(STEPS), "--train.hang_timeout_s", str(HANG_TIMEOUT_S)),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from pretrain import host_memory, memory
 from pretrain.config import BatchConfig
@@ -83,6 +84,33 @@ print(kept, faults[2] - faults[1], resident - psutil.Process().memory_info().rss
     assert kept == str(platform.libc_ver()[0] == "glibc")
     assert kept == "False" or int(faults) < 100  # of 12,207 pages
     assert kept == "False" or int(given_back) > 40_000_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep nothing")
+def test_what_other_threads_freed_is_given_back_while_they_live():
+    """The threads of uploads free what they read; arenas of their own would keep it. In a process of its own."""
+    program = """
+import threading
+import numpy as np
+import psutil
+from pretrain.host_memory import give_back, keep_freed
+keep_freed()
+freed, end = threading.Barrier(5), threading.Event()
+def work():
+    np.empty(40_000_000, np.uint8).fill(1)
+    freed.wait()
+    end.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+before = psutil.Process().memory_info().rss
+for thread in threads:
+    thread.start()
+freed.wait()
+give_back()
+print(psutil.Process().memory_info().rss - before)
+end.set()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 20_000_000  # of 160 MB
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
