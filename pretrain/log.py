@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import re
 import sys
@@ -80,10 +81,17 @@ class _ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class _TrainingLog(logging.FileHandler):
-    """training.log; a disk that fills up is said once, and the training goes on."""
+class _TrainingLog(logging.handlers.WatchedFileHandler):
+    """training.log, also where another file takes its place; a disk that fills up is said once, and the training goes
+    on."""
 
     failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # it is gone, and can't be opened again
+            self.handleError(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not self.failed:

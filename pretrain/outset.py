@@ -19,12 +19,14 @@ from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
 from pretrain.corpus import Corpus, fetch_corpus
 from pretrain.engine.ds_settings import deepspeed_settings
+from pretrain.log_uploads import LogUploads, open_log_uploads
 from pretrain.memory import Setup
 from pretrain.metrics import Metrics, open_metrics
 from pretrain.micro_batch import choose_micro_size
 from pretrain.plan import make_setup
 from pretrain.progress import carried_ledger
 from pretrain.ranks import Ranks
+from pretrain.report_page import ReportSink
 from pretrain.telemetry import Telemetry, open_telemetry
 from pretrain.topology import tell_topology
 
@@ -100,6 +102,7 @@ def open_instruments(
         "world_size": ranks.world_size,
         "measures_energy": not ranks.any(ranks.local_rank == 0 and telemetry.energy_j is None),
     }
+    uploads = _open_uploads(config, ranks)
     metrics = open_metrics(
         config.log,
         name,
@@ -110,4 +113,18 @@ def open_instruments(
         start=start,
         carried=carried_ledger(checkpoint) if checkpoint else None,
     )
+    if ranks.is_first and config.log.report:
+        metrics.add(ReportSink(metrics.folder))
+    if uploads:  # behind the report, which goes with the last copy
+        metrics.add(uploads)
     return metrics, telemetry
+
+
+def _open_uploads(config: Config, ranks: Ranks) -> LogUploads | None:
+    """On rank 0 the copies of the logs in the bucket, where there are to be any; what this machine lacks is fetched."""
+    if not (ranks.is_first and config.log.upload and config.checkpoint.url):
+        return None
+    folder = Path(config.log.dir) / config.run.name
+    uploads = open_log_uploads(folder, config.checkpoint.url, config.storage, config.run.name)
+    uploads.fetch()
+    return uploads

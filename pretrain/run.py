@@ -25,14 +25,13 @@ from pretrain.hardware import describe_machine, device_name, peak_flops
 from pretrain.history import LossTracker
 from pretrain.keeper import Keeper
 from pretrain.ledger import spent_budget
-from pretrain.log_uploads import open_log_uploads
 from pretrain.metrics import Metrics
 from pretrain.mixture import Mixture
 from pretrain.power import EnergyWindow
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
 from pretrain.read_ahead import ReadAhead
-from pretrain.report_page import REPORT_FILE, ReportSink
+from pretrain.report_page import REPORT_FILE
 from pretrain.startup import START
 from pretrain.stopping import StopRequest
 from pretrain.telemetry import Telemetry
@@ -109,10 +108,6 @@ class Run:
         }
         if self.prediction:
             self.about["predicted"] = self.prediction.to_json()
-        if self.ranks.is_first and self.config.log.report:
-            self.metrics.add(ReportSink(self.metrics.folder))
-        if self.ranks.is_first and self.config.log.upload and (url := self.config.checkpoint.url):
-            self.metrics.add(open_log_uploads(self.metrics.folder, url, self.config.storage, self.config.run.name))
         name = device_name(self.device)
         n_ranks = self.ranks.world_size
         logger.info("engine %s, %s, %d rank%s on %s", self.engine.name, precision, n_ranks, "s" * (n_ranks > 1), name)
@@ -259,7 +254,8 @@ class Run:
     def ledger(self) -> dict[str, Any]:
         """What the run has taken over all its starts; for rank 0, which has the books."""
         totals = self.metrics.ledger.totals(time.time(), self.config.train.price_per_gpu_hour)
-        return {**totals, "step": self.progress.step, "tokens": self.progress.tokens}
+        wandb = {"wandb_run_id": run_id} if (run_id := self.metrics.wandb_run_id) else {}
+        return {**totals, "step": self.progress.step, "tokens": self.progress.tokens, **wandb}
 
     def sample(self) -> None:
         """Have the model continue `log.sample_prompt`, where there is one. Every rank must call it."""

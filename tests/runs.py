@@ -318,5 +318,11 @@ def commits(url: str, run: str = RUN) -> list[int]:
 
 
 def remove_local_checkpoints(folder: Path) -> None:
-    """What a new machine doesn't have."""
+    """What the bucket has, too."""
     shutil.rmtree(folder / "checkpoints")
+
+
+def become_a_new_machine(folder: Path) -> None:
+    """What a new machine doesn't have."""
+    remove_local_checkpoints(folder)
+    shutil.rmtree(folder / "logs")

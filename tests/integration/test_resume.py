@@ -25,6 +25,7 @@ from tests.runs import (
     RUN,
     Ended,
     TrainingProcess,
+    become_a_new_machine,
     commits,
     differing,
     final_state,
@@ -223,13 +224,19 @@ def test_resume_finds_the_newest_sound_checkpoint_and_refuses_what_is_not_there(
 
     replace_an_object(bucket_url, 12, folder / "damaged")
     assert damaged_steps(bucket_url) == [12]
-    remove_local_checkpoints(folder)
+    become_a_new_machine(folder)
     resumed = train(folder, *options, "--resume", "auto")
     assert resumed.code == 0, resumed.output
     assert f"passed over {checkpoint_named(bucket_url, 12)} (bucket): optimizer-00001-of-00001" in resumed.output
     assert f"resumed {checkpoint_named(bucket_url, 8)}: step 8" in resumed.output
     assert commits(bucket_url) == [4, 8, 12] and damaged_steps(bucket_url) == []
     assert losses(folder) == first_losses and lines_of_metrics(folder) == 12 + 4
+    here = folder / "logs" / RUN
+    for file in ("metrics.jsonl", "events.jsonl"):  # not a line of the first machine's is gone
+        assert store_of(bucket_url).read_bytes(f"{RUN}/logs/{file}") == (here / file).read_bytes()
+    assert "starting afresh" in (here / "training.log").read_text()
+    ledger = json.loads((here / "summary.json").read_text())["ledger"]
+    assert (ledger["restarts"], ledger["lost_steps"]) == (1, 4)
     assert differing(final_state(folder), first_state) == []
 
 

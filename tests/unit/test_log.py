@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +64,18 @@ def test_a_restart_appends_to_training_log(tmp_path):
         log.setup(0, tmp_path)
         log.get("x").info(word)
     assert re.findall("first|second", (tmp_path / "training.log").read_text()) == ["first", "second"]
+
+
+def test_training_log_goes_on_in_the_file_that_took_its_place(tmp_path, capsys):
+    log.setup(0, tmp_path)
+    log.get().info("first")
+    (tmp_path / "earlier").write_text("earlier\n")
+    (tmp_path / "earlier").replace(tmp_path / "training.log")
+    log.get().info("second")
+    assert re.findall("earlier|first|second", (tmp_path / "training.log").read_text()) == ["earlier", "second"]
+    shutil.rmtree(tmp_path)
+    log.get().info("third")  # no folder any more: said, and no error
+    assert "can't be written any more" in capsys.readouterr().err
 
 
 def test_long_lines_and_brackets_stay_as_they_are(capsys):

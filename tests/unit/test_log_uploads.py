@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from pretrain import log_uploads
 from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, StorageError
 from pretrain.log_sources import open_sources
-from pretrain.log_uploads import LogUploads, open_log_uploads
+from pretrain.log_uploads import LogUploads, join_lines, open_log_uploads
 from pretrain.metrics import Metrics
 from pretrain.storage import LocalStore, open_store
 from tests.helpers_training import FaultyStore
@@ -55,19 +56,89 @@ def test_what_has_changed_is_sent_and_nothing_else(store, folder):
 
 def test_the_next_start_goes_on_where_the_last_one_ended(store, folder):
     LogUploads(folder, store, "run").upload()
-    (folder / "metrics.jsonl").write_text("of the second start\n")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("of the second start\n")
     LogUploads(folder, store, "run").upload()
-    assert store.store.read_bytes("run/logs/metrics.jsonl") == b"of the second start\n"
+    assert store.store.read_bytes("run/logs/metrics.jsonl") == b"metrics.jsonl\nof the second start\n"
+
+
+def lines(*pairs):
+    """Records of (time, step)."""
+    return "".join(json.dumps({"time": time, "step": step}) + "\n" for time, step in pairs)
+
+
+def machine(tmp_path, name, metrics="", log=""):
+    folder = tmp_path / name
+    folder.mkdir()
+    for file, text in (("metrics.jsonl", metrics), ("training.log", log)):
+        if text:
+            (folder / file).write_text(text)
+    return folder
+
+
+def in_bucket(store, file="metrics.jsonl"):
+    return store.store.read_bytes(f"run/logs/{file}").decode()
+
+
+@pytest.mark.parametrize("fetches", [True, False], ids=["fetched", "bucket away at the start"])
+def test_a_new_machine_goes_on_with_the_logs_of_the_old_one(store, tmp_path, fetches):
+    old = lines((1, 1), (2, 2))
+    entry = "2026-11-26 10:00:0{0},000 ERROR x  {0}\nTraceback\n".format
+    LogUploads(machine(tmp_path, "old", old, entry(1)), store, "run").upload()
+    new = machine(tmp_path, "new", "", entry(2))
+    uploads = LogUploads(new, store, "run")
+    if fetches:
+        uploads.fetch()
+        assert (new / "metrics.jsonl").read_text() == old
+        assert (new / "training.log").read_text() == entry(1) + entry(2)
+    with (new / "metrics.jsonl").open("a") as file:
+        file.write(lines((9, 2)))
+    uploads.upload()
+    assert in_bucket(store) == old + lines((9, 2)) and in_bucket(store, "training.log") == entry(1) + entry(2)
+
+
+def test_a_machine_that_comes_back_loses_neither_its_own_lines_nor_those_since(store, tmp_path):
+    begin, lost, since = lines((1, 1), (2, 2)), lines((3, 3)), lines((4, 2), (5, 3), (6, 4))
+    first = machine(tmp_path, "first", begin)
+    LogUploads(first, store, "run").upload()
+    LogUploads(machine(tmp_path, "second", begin + since), store, "run").upload()
+    (first / "metrics.jsonl").write_text(begin + lost + '{"time": 3.5, "st')  # killed, after its last copy
+    uploads = LogUploads(first, store, "run")
+    uploads.fetch()
+    joined = (first / "metrics.jsonl").read_text()
+    assert joined == begin + lost + '{"time": 3.5, "st\n' + since
+    uploads.upload()
+    assert in_bucket(store) == joined
+    before = (first / "metrics.jsonl").stat().st_mtime_ns
+    LogUploads(first, store, "run").fetch()
+    assert (first / "metrics.jsonl").stat().st_mtime_ns == before  # nothing is lacking any more
+
+
+def test_the_order_of_a_side_is_kept_whatever_its_clock_said():
+    theirs = lines((50, 1), (51, 2), (7, 3), (8, 4)).encode()  # the second machine's clock was behind
+    assert join_lines(b"", theirs) == theirs
+    assert join_lines(lines((50, 1)).encode(), theirs) == theirs
+    longer = theirs + lines((9, 5)).encode()
+    assert join_lines(longer, theirs) == longer
+
+
+def test_earlier_logs_that_can_not_be_fetched_end_nothing(store, folder, warnings):
+    def away(method, name):
+        raise StorageError("the bucket is away")
+
+    store.before = away
+    LogUploads(folder, store, "run").fetch()
+    assert len(warnings) == 1 and "could not be fetched" in warnings[0]
 
 
 def test_a_trainer_that_was_left_behind_never_writes_over_the_newer_one(store, folder, warnings):
     old, new = LogUploads(folder, store, "run"), LogUploads(folder, store, "run")
     old.upload()
-    (folder / "metrics.jsonl").write_text("new\n")
+    (folder / "metrics.jsonl").write_text("metrics.jsonl\nnew\n")
     new.upload()
     (folder / "metrics.jsonl").write_text("old\n")
     assert old.upload() == [] and old.is_off
-    assert store.store.read_bytes("run/logs/metrics.jsonl") == b"new\n"
+    assert store.store.read_bytes("run/logs/metrics.jsonl") == b"metrics.jsonl\nnew\n"
     assert len(warnings) == 1 and "another process" in warnings[0]
     calls = len(store.calls)
     assert old.upload() == [] or len(store.calls) == calls
