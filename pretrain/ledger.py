@@ -150,7 +150,7 @@ class Ledger:
         self._energy_j = None if energy is None else float(energy) * JOULES_OF_KWH
         self._lost_steps, self._lost_tokens = int(totals["lost_steps"]), int(totals["lost_tokens"])
         self._step, self._tokens = int(totals["step"]), int(totals["tokens"])
-        self.furthest_step = self._step
+        self.furthest_step = furthest_step(totals)
 
     def _passed_s(self, now_s: float) -> float:
         return 0.0 if self._booked_s is None else max(now_s - self._booked_s, 0.0)
@@ -201,6 +201,7 @@ class Ledger:
         return {
             "until": now_s,
             "step": self._step,
+            "furthest_step": self.furthest_step,
             "tokens": self._tokens,
             "hours": self.hours(now_s),
             "hours_by_cause": {cause: seconds[cause] / HOUR_S for cause in CAUSES},
@@ -211,6 +212,11 @@ class Ledger:
             "energy_kwh": None if self._energy_j is None or not self._starts else self._energy_j / JOULES_OF_KWH,
             "cost_usd": gpu_hours * price_per_gpu_hour if price_per_gpu_hour else None,
         }
+
+
+def furthest_step(totals: Mapping[str, Any]) -> int:
+    """The highest step that a run had recorded when it saved these totals, as far as they tell; {}: 0."""
+    return int(totals.get("furthest_step", totals.get("step", 0)))
 
 
 def spent_budget(ledger: Ledger, train: TrainConfig, now_s: float) -> str:

@@ -31,7 +31,7 @@ from pretrain.config import LogConfig
 from pretrain.console import ConsoleSink
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, StorageError, TrainerError
 from pretrain.files import new_file
-from pretrain.ledger import RESTARTS_FILE, Ledger
+from pretrain.ledger import RESTARTS_FILE, Ledger, furthest_step
 from pretrain.sinks import Sink, TensorBoardSink, WandbSink
 
 METRICS_FILE = "metrics.jsonl"
@@ -75,6 +75,7 @@ class Metrics:
         self.ledger = ledger or Ledger()
         self._step, self._has_ended = first_step, False
         self._sinks = list(sinks)
+        self.wandb_run_id = next((sink.run_id for sink in sinks if isinstance(sink, WandbSink)), "")
         self._clock = clock
         self._lock = threading.RLock()  # re-entrant: a signal handler may report an event while a record is written
         with _disk(folder):
@@ -164,7 +165,7 @@ class NoMetrics(Metrics):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ledger = Ledger()
+        self.ledger, self.wandb_run_id = Ledger(), ""
         self._sinks, self._step = [], 0
 
     def record(self, record: Mapping[str, float | int | str | None]) -> None:
@@ -208,7 +209,7 @@ def open_metrics(
         StorageError: the folder can't be written.
         ConfigError: TensorBoard or W&B is asked for and not installed.
     """
-    folder = Path(config.dir) / run_name
+    folder, carried = Path(config.dir) / run_name, carried or {}
     if rank != 0:
         return NoMetrics(folder)
     with _disk(folder):
@@ -220,8 +221,9 @@ def open_metrics(
         if config.tensorboard:
             sinks.append(TensorBoardSink(folder, settings, first_step))
         if config.wandb:
-            shown = ledger.furthest_step
-            sinks.append(WandbSink(folder, config.wandb_project, run_name, settings, first_step, shown))
+            shown = max(ledger.furthest_step, furthest_step(carried))
+            known = shown, str(carried.get("wandb_run_id", ""))
+            sinks.append(WandbSink(folder, config.wandb_project, run_name, settings, first_step, *known))
         with new_file(folder / CONFIG_FILE) as file:
             file.write(log.mask(yaml.safe_dump(_plain(settings), sort_keys=False)).encode())
     sinks.append(ConsoleSink(total_steps))

@@ -103,12 +103,16 @@ def _verbatim(text: str) -> str:
 class WandbSink(Sink):
     """Weights & Biases, offline where no API key is set; whatever goes wrong there is a warning and no more.
 
-    The run id is kept in `folder`/wandb_run_id, so that a resumed run goes on as the same W&B run. W&B can't take back
-    what it was sent, so steps that are taken again are not sent again: each stands there once, as it was first. Of a
-    process that was killed the steps of its last second may be missing.
+    The run id is kept in `folder`/wandb_run_id and in every checkpoint, so that a resumed run goes on as the same W&B
+    run. W&B can't take back what it was sent, so steps that are taken again are not sent again: each stands there once,
+    as it was first. Of a process that was killed the steps of its last second may be missing.
 
     Args:
         shown_until: the last step that an earlier process of the same W&B run has shown.
+        carried_id: of the checkpoint that was resumed; '' where it has none.
+
+    Attributes:
+        run_id: of the W&B run.
     """
 
     def __init__(
@@ -119,6 +123,7 @@ class WandbSink(Sink):
         settings: Mapping[str, Any],
         first_step: int,
         shown_until: int = 0,
+        carried_id: str = "",
     ) -> None:
         try:
             import wandb
@@ -127,7 +132,7 @@ class WandbSink(Sink):
         self._wandb: Any = wandb
         self._folder = folder
         self._settings = {"project": project, "name": run_name, "config": dict(settings)}
-        self._id = _wandb_run_id(folder, first_step)
+        self.run_id = _wandb_run_id(folder, first_step, carried_id)
         self._shown_until = shown_until if first_step else 0
         self._sampled_until = self._shown_until
         self._run: Any = None
@@ -152,7 +157,7 @@ class WandbSink(Sink):
         )
         resume = "allow" if mode == "online" else None  # offline the id alone does it
         self._run = self._wandb.init(
-            mode=mode, id=self._id, resume=resume, dir=str(self._folder), settings=quiet, **self._settings
+            mode=mode, id=self.run_id, resume=resume, dir=str(self._folder), settings=quiet, **self._settings
         )
         # The step is a field and not W&B's own counter, which refuses to go back to a checkpoint's step.
         self._run.define_metric("step", hidden=True)
@@ -210,11 +215,13 @@ def has_wandb_key() -> bool:
         return False
 
 
-def _wandb_run_id(folder: Path, first_step: int) -> str:
+def _wandb_run_id(folder: Path, first_step: int, carried_id: str) -> str:
     """The id of the run being resumed, or a new one, kept for the next resume."""
     path = folder / RUN_ID_FILE
-    if first_step and path.exists() and (kept := path.read_text(encoding="utf-8").strip()):
-        return kept
-    fresh = secrets.token_hex(4)
-    path.write_text(fresh + "\n", encoding="utf-8")
-    return fresh
+    kept = path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    known = carried_id or kept if first_step else ""
+    if known and known == kept:
+        return known
+    run_id = known or secrets.token_hex(4)
+    path.write_text(run_id + "\n", encoding="utf-8")
+    return run_id

@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from pretrain.config import LogConfig
 from pretrain.errors import ConfigError
+from pretrain.ledger import Ledger
+from pretrain.metrics import open_metrics
 from pretrain.sinks import TensorBoardSink, WandbSink, has_wandb_key, tag
 from tests.displays import read_tensorboard
 
@@ -155,6 +158,18 @@ def test_a_resumed_run_is_the_same_wandb_run_and_a_fresh_one_is_not(wandb, tmp_p
     assert (tmp_path / "wandb_run_id").read_text().strip() == fresh
 
 
+def test_on_another_machine_a_resumed_run_is_the_wandb_run_that_its_checkpoint_names(wandb, tmp_path):
+    fake = wandb()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first = open_wandb(tmp_path / "one")
+    resumed = WandbSink(tmp_path / "two", "project", "run", {}, 5, 5, first.run_id)
+    afresh = WandbSink(tmp_path / "two", "project", "run", {}, 0, 0, "")
+    ids = [start["id"] for start in fake.starts]
+    assert ids == [first.run_id, first.run_id, afresh.run_id] and afresh.run_id != first.run_id
+    assert resumed.run_id == first.run_id
+
+
 def test_wandb_gets_the_charts_with_the_step_as_a_field(wandb, tmp_path):
     fake = wandb()
     sink = open_wandb(tmp_path)
@@ -179,6 +194,23 @@ def test_wandb_is_sent_no_step_and_no_sample_twice(wandb, tmp_path):
     fake.logged.clear()
     WandbSink(tmp_path, "project", "run", {}, 0, 7).write(RECORD)  # a fresh run is another one to W&B
     assert [fields["step"] for fields in fake.logged] == [3]
+
+
+@pytest.mark.parametrize("carried_step", ["furthest_step", "step"], ids=["", "of a version without it"])
+def test_a_run_on_another_machine_sends_no_step_twice_and_carries_its_id_on(wandb, tmp_path, carried_step):
+    fake = wandb()
+    ledger = Ledger()
+    ledger.event("started", 1.0, {"step": 0})
+    carried = {**ledger.totals(50.0), "step": 7, "tokens": 70, "wandb_run_id": "abc"}
+    del carried["furthest_step"]
+    carried[carried_step] = 9 if carried_step == "furthest_step" else 7
+    config = LogConfig(dir=str(tmp_path), tensorboard=False, wandb=True)
+    how = {"settings": {}, "total_steps": 20, "first_step": 7, "rank": 0, "carried": carried}
+    with open_metrics(config, "run", **how) as metrics:
+        for step in (8, 9, 10):
+            metrics.record({"step": step, "loss": 1.0})
+    assert fake.starts[0]["id"] == metrics.wandb_run_id == "abc"
+    assert [fields["step"] for fields in fake.logged] == ([10] if carried_step == "furthest_step" else [8, 9, 10])
 
 
 def test_a_server_out_of_reach_means_offline(wandb, tmp_path, monkeypatch):
