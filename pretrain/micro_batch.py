@@ -25,6 +25,7 @@ from pretrain.errors import ConfigError
 from pretrain.kernels import Masking, choose_attention
 from pretrain.memory import COMPUTE_BYTES, Setup
 from pretrain.ranks import Ranks
+from pretrain.reports import is_out_of_memory
 
 MOST_CPU_TOKENS = 8192  # of a micro batch
 
@@ -103,7 +104,9 @@ def fits(setup: Setup, device: torch.device) -> bool:
         try:
             _go_forward_and_backward(setup, device)
             fit = True
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             fit = False
     # Only here the traceback, and with it all that it held, is gone.
     gc.collect()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import re
 import sys
 import time
 import traceback
@@ -20,6 +21,10 @@ from pretrain.model_config import ModelConfig
 # No torch up here: a wrong setting is told before it is imported.
 
 RANK_0_SPEAKS_S = 5.0
+# what says so beside the types: torch's CPU allocator, CUDA and NCCL (out of memory), cuBLAS, cuDNN and cuSOLVER
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|out of memory|_ALLOC_FAILED|Failed to CUDA [\w ]*alloc", re.IGNORECASE
+)
 LESS_MEMORY = ("--model.loss_chunks 8", "--model.activation_checkpointing full")
 
 logger = log.get(__name__)
@@ -71,7 +76,7 @@ def explain(error: RuntimeError) -> TrainerError | None:
     import torch
 
     text = " ".join(str(error).split())
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):  # asked first: NCCL says so by an error of its own kind, which else means a lost peer
         return _memory_is_full(error, ["a smaller --batch.micro_size (the global batch stays the same)", *LESS_MEMORY])
     if "EADDRINUSE" in text:
         port = os.environ.get("MASTER_PORT", "")
@@ -93,15 +98,16 @@ def memory_advice(batch: BatchConfig, model: ModelConfig, world_size: int) -> It
     try:
         yield
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _memory_is_full(error, _smaller(batch, model, world_size)) from error
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether one of torch's errors is that a device's or this machine's memory ran out, whichever library found it."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 def _memory_is_full(error: RuntimeError, changes: list[str]) -> ConfigError:

@@ -86,13 +86,22 @@ def test_where_nothing_fits_the_error_says_what_would_help():
     assert error.value.shared and "--model.activation_checkpointing full" in error.value.mend
 
 
-def test_a_trial_that_runs_out_of_memory_is_told_from_one_that_has_room(monkeypatch):
+@pytest.mark.parametrize(
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+        torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_trial_that_runs_out_of_memory_is_told_from_one_that_has_room(monkeypatch, full):
     assert micro_batch.fits(setup_of(), CPU)
     forward = GPT.forward
 
     def full_above_two(self, tokens, targets=None):
         if len(tokens) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            raise full
         return forward(self, tokens, targets)
 
     monkeypatch.setattr(GPT, "forward", full_above_two)

@@ -13,6 +13,19 @@ from pretrain.model_config import ModelConfig
 from tests.helpers_training import run_two_ranks
 
 
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nLast error:\nFailed to CUDA calloc 6291456 bytes"),
+]
+ADVISED = (BatchConfig(8, 2), ModelConfig(), 1)
+
+
 def as_rank(monkeypatch, rank):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -126,6 +139,15 @@ def test_a_lost_peer_is_one_line_that_leaves_the_cause_to_the_peer(monkeypatch, 
     line = capsys.readouterr().err
     assert line.startswith("[rank 1] error: another rank is gone or out of reach: ") and line.count("\n") == 1
     assert line.endswith("The rank that ended first says why.\n")
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_memory_that_ran_out_is_told_as_that_whichever_library_found_it(error):
+    known = reports.explain(error)
+    assert known is not None and known.exit_code == 2 and known.what.startswith("the GPU's memory is full: ")
+    assert "--batch.micro_size" in known.mend
+    with pytest.raises(ConfigError, match="the GPU's memory is full"), reports.memory_advice(*ADVISED):
+        raise error
 
 
 def test_an_error_that_nobody_can_explain_keeps_its_traceback(monkeypatch):
