@@ -78,6 +78,20 @@ def match_gpu(name: str) -> str:
     return ""
 
 
+def dense_tflops(label: str, precision: str) -> float:
+    """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default.
+
+    Of fp8 it is bf16's, in which the head, attention and the outer blocks are computed.
+
+    Args:
+        label: key of PEAK_FLOPS.
+    """
+    if precision == "fp8" and not label.startswith(FP8_UNITS):
+        return 0
+    rate: float = getattr(PEAK_FLOPS[label], "bf16" if precision == "fp8" else precision)
+    return rate
+
+
 class Card(NamedTuple):
     """A GPU as one rents it.
 

@@ -14,7 +14,7 @@ from pretrain import memory
 from pretrain.config import BatchConfig, EngineConfig, OptimConfig
 from pretrain.engine.ds_settings import deepspeed_settings
 from pretrain.errors import ConfigError
-from pretrain.gpus import CARDS, FP8_UNITS, PEAK_FLOPS, expected_mfu
+from pretrain.gpus import CARDS, dense_tflops, expected_mfu
 from pretrain.memory import Moment, Setup, Sharding
 from pretrain.model_config import ModelConfig
 from pretrain.optim_config import optim_problems
@@ -147,14 +147,20 @@ def budget(setup: Setup, gpu: Gpu) -> Budget:
 
 
 def peak_tflops(gpu: Gpu, precision: str) -> float:
-    """TFLOP/s of the data sheet; 0 where the GPU has no units for the precision. fp32 without TF32, torch's default.
+    """TFLOP/s of the data sheet; see gpus.dense_tflops."""
+    return dense_tflops(gpu.peak, precision)
 
-    Of fp8 it is bf16's, in which the head, attention and the outer blocks are computed.
+
+def checked_tflops(gpu: Gpu, precision: str) -> float:
+    """See peak_tflops.
+
+    Raises:
+        ConfigError: the GPU has no units for the precision.
     """
-    if precision == "fp8" and not gpu.peak.startswith(FP8_UNITS):
-        return 0
-    rate: float = getattr(PEAK_FLOPS[gpu.peak], "bf16" if precision == "fp8" else precision)
-    return rate
+    if rate := peak_tflops(gpu, precision):
+        return rate
+    able = "bf16" if precision == "fp8" and peak_tflops(gpu, "bf16") else "fp16"
+    raise ConfigError(f"{gpu.name} can't multiply in {precision}", f"Give --precision {able}.")
 
 
 def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
@@ -163,10 +169,7 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
     Raises:
         ConfigError: the GPU has no units for the precision.
     """
-    peak = peak_tflops(gpu, setup.precision)
-    if not peak:
-        able = "bf16" if setup.precision == "fp8" and PEAK_FLOPS[gpu.peak].bf16 else "fp16"
-        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", f"Give --precision {able}.")
+    peak = checked_tflops(gpu, setup.precision)
     efficiency = expected_mfu(gpu.peak, setup.model.n_parameters)
     mfu, source = efficiency.mfu, efficiency.source
     if setup.precision == "fp8":

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pretrain.activations import FP32_BYTES
-from pretrain.gpus import PEAK_FLOPS, expected_mfu
+from pretrain.gpus import dense_tflops, expected_mfu
 from pretrain.memory import COMPUTE_BYTES, Setup, parameter_sizes
 from pretrain.model_config import parameter_shapes
 
@@ -205,7 +205,7 @@ def predict(setup: Setup, gpu: str, network: Network) -> StepTime:
         gpu: key of PEAK_FLOPS.
     """
     ranks = setup.world_size
-    rate = getattr(PEAK_FLOPS[gpu], setup.precision) * 1e12 * expected_mfu(gpu, setup.model.n_parameters).mfu
+    rate = dense_tflops(gpu, setup.precision) * 1e12 * expected_mfu(gpu, setup.model.n_parameters).mfu
     tokens = setup.batch.global_size * setup.model.seq_len / ranks
     hops = 2 * math.ceil(math.log2(ranks)) if ranks > 1 else 0
     computing_s, accumulation = tokens * setup.model.flops_per_token / rate, setup.batch.accumulation(ranks)

@@ -24,7 +24,7 @@ from pretrain import memory, plan
 from pretrain.arguments import gives_sources, parse
 from pretrain.config import Config, EngineConfig
 from pretrain.errors import ConfigError, TrainerError
-from pretrain.gpus import CARDS, PEAK_FLOPS
+from pretrain.gpus import CARDS
 from pretrain.listings import print_table, show_rows
 from pretrain.memory import Setup
 from pretrain.model_config import MODEL_SIZES, ModelConfig
@@ -232,8 +232,7 @@ def compared(setup: Setup, gpu: Gpu) -> dict[str, Any]:
 
 def show_scaling(setup: Setup, gpu: Gpu, config: Config, console: Console, as_json: bool) -> int:
     """Print what every engine's communication costs on 1 to 64 nodes of eight GPUs, with two kinds of network."""
-    if not getattr(PEAK_FLOPS.get(gpu.peak), setup.precision, 0):
-        raise ConfigError(f"{gpu.name} can't multiply in {setup.precision}", "Give --precision fp16.")
+    plan.checked_tflops(gpu, setup.precision)
     tables = {name: scaling_rows(setup, gpu, config, network) for name, network in NETWORKS.items()}
     if as_json:
         print(json.dumps({"gpu": gpu.name, "tables": tables}, indent=1))

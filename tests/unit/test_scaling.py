@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -20,6 +21,7 @@ from pretrain.scaling import (
     step_time,
     wire_bytes,
 )
+from scripts import plan as plan_script
 from tests.engine_matrix import BATCH, FAMILIES, KINDS, OPTIM
 from tests.helpers_training import run_ranks
 
@@ -148,3 +150,15 @@ def test_a_row_is_plain_values_of_the_same_model():
     assert (row["engine"], row["gpus"], row["accumulation"]) == ("deepspeed ZeRO-2", 16, 1)
     assert row["gb_a_step"] == round(wire_bytes(setup) / 1e9, 2)
     assert row["step_ms"] >= row["computing_ms"] and 0 < row["efficiency"] <= 1
+
+
+def test_fp8_scales_as_the_plan_counts_it_and_not_on_a_card_without_units(capsys):
+    words = ["--model", "1.2B", "--scaling", "--precision", "fp8", "--engine", "ddp", "--json", "--gpu"]
+    assert plan_script.main([*words, "h100-80gb"]) == 0
+    rows = [row for table in json.loads(capsys.readouterr().out)["tables"].values() for row in table]
+    assert {row["engine"] for row in rows} == {"ddp", "fsdp", "fsdp hybrid"} and min(r["step_ms"] for r in rows) > 0
+    setup = dataclasses.replace(setup_of(8, name="ddp"), precision="fp8")
+    bf16 = dataclasses.replace(setup, precision="bf16")
+    assert predict(setup, "H100 SXM", FAST).computing == predict(bf16, "H100 SXM", FAST).computing
+    assert plan_script.main([*words, "a100-80gb"]) == 2
+    assert "a100-80gb can't multiply in fp8. Give --precision bf16." in capsys.readouterr().err
