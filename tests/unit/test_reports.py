@@ -12,7 +12,6 @@ from pretrain.errors import CheckpointError, ConfigError, DivergenceError, Shard
 from pretrain.model_config import ModelConfig
 from tests.helpers_training import run_two_ranks
 
-
 FULL = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
