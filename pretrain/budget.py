@@ -98,5 +98,4 @@ def _infeasible(budget: Budget) -> ConfigError:
         f"the run needs {budget.required / GB:.1f} GB of a GPU's memory and {budget.gpu.name} offers "
         f"{budget.available / GB:.1f} GB; the largest micro batch that fits is {budget.largest_micro_size or 'none'}"
     )
-    fitting = plan.mends(budget.setup, budget.gpu)
-    return ConfigError(what, f"Give {', or '.join([*fitting, '--force to go on anyway'])}.")
+    return ConfigError(what, plan.advice(budget.setup, budget.gpu, "--force to go on anyway"))

@@ -31,6 +31,7 @@ MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MOST_GPUS = 1024
 GPUS_OF_A_NODE = 8  # assumed, for shares within a node
 CHUNKS = 8  # of the loss, where a mend proposes them
+NOTHING_FITS = "No engine and no GPU known here has the room"
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,26 @@ def expected_speed(setup: Setup, gpu: Gpu) -> Speed:
     return Speed(rate, mfu, source)
 
 
-def mends(setup: Setup, gpu: Gpu) -> list[str]:
-    """What would make an impossible setup fit, cheapest first; each is options and what comes of them."""
+def advice(setup: Setup, gpu: Gpu, *others: str) -> str:
+    """What would make an impossible setup fit, in a sentence for those who start a run.
+
+    Args:
+        others: what they may do besides.
+    """
+    ways = mends(setup, gpu, for_plan=False)
+    sentences = [] if ways else [f"{NOTHING_FITS}: take a smaller model or a shorter --model.seq_len."]
+    if ways or others:
+        sentences.append(f"Give {', or '.join([*ways, *others])}.")
+    return " ".join(sentences)
+
+
+def mends(setup: Setup, gpu: Gpu, for_plan: bool = True) -> list[str]:
+    """What would make an impossible setup fit, cheapest first; each is options of train.py, or another machine and
+    options; none where no GPU of the table would do.
+
+    Args:
+        for_plan: name machines by the options of scripts/plan.py, which train.py does not have, instead of in words.
+    """
     available = memory.available_bytes(gpu.memory_bytes)
     chunked = dataclasses.replace(setup, model=dataclasses.replace(setup.model, loss_chunks=CHUNKS))
     full = setup.with_checkpointing("full")
@@ -203,7 +222,7 @@ def mends(setup: Setup, gpu: Gpu) -> list[str]:
         for name, changed in options
         if (size := memory.largest_micro_size(changed, available))
     ]
-    return found or [*_other_engines(setup, available), *_larger_machines(full, gpu)]
+    return found or [*_other_engines(setup, available), *_larger_machines(full, gpu, for_plan)]
 
 
 def _other_engines(setup: Setup, available: int) -> list[str]:
@@ -235,19 +254,20 @@ def _other_engines(setup: Setup, available: int) -> list[str]:
     return found
 
 
-def _larger_machines(setup: Setup, gpu: Gpu) -> list[str]:
+def _larger_machines(setup: Setup, gpu: Gpu, for_plan: bool) -> list[str]:
     """More of the same GPUs, where the engine divides anything among them, or the smallest card that will do."""
-    found = []
+    found, changes = [], "--model.activation_checkpointing full --batch.micro_size 1"
     available = memory.available_bytes(gpu.memory_bytes)
     for count in range(setup.world_size + 1, min(setup.batch.global_size, MOST_GPUS) + 1):
         more = dataclasses.replace(setup, world_size=count).with_micro_size(1)
         if setup.sharding.stage and more.micro_sizes and memory.required_bytes(more) <= available:
-            found.append(f"--gpus {count} --model.activation_checkpointing full --batch.micro_size 1")
+            found.append(f"--gpus {count} {changes}" if for_plan else f"{count} GPUs, with {changes}")
             break
     needed = memory.required_bytes(setup.with_micro_size(1))
     cards = [(card.memory_gb, name) for name, card in CARDS.items() if card.memory_gb * GB * 0.9 >= needed]
     if cards:
-        found.append(f"--gpu {min(cards)[1]} --model.activation_checkpointing full --batch.micro_size 1")
+        name = min(cards)[1]
+        found.append(f"--gpu {name} {changes}" if for_plan else f"{name} instead of {gpu.name}, with {changes}")
     return found
 
 

@@ -44,6 +44,8 @@ def feasibility_rows(budget: Budget, mends: list[str]) -> list[Row]:
         ("feasible", "yes" if budget.feasible else "NO", ""),
         ("largest micro batch", str(budget.largest_micro_size or "none fits"), "at this global batch"),
     ]
+    if not (budget.feasible or mends):
+        return [*rows, ("would fit", plan.NOTHING_FITS, "")]
     return rows + [("would fit" if number == 0 else "or", mend, "") for number, mend in enumerate(mends)]
 
 

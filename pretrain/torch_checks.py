@@ -181,7 +181,7 @@ def gpu_memory(setup: Setup, forced: bool) -> Finding:
     figures = {"required_gb": budget.required / GB, "available_gb": budget.available / GB}
     if budget.feasible:
         return ok("gpu_memory", f"{what}; the largest micro batch is {budget.largest_micro_size}", **figures)
-    mend = f"Give {', or '.join(plan.mends(setup, budget.gpu))}."
+    mend = plan.advice(setup, budget.gpu)
     if forced:
         return warn("gpu_memory", what, mend, **figures)
     return fail("gpu_memory", ConfigError(what, mend), **figures)

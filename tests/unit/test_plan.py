@@ -102,6 +102,29 @@ def test_where_no_setting_helps_other_engines_more_or_larger_gpus_are_named():
     assert found[2].startswith("--gpu ")
 
 
+def test_who_starts_a_run_is_told_of_machines_in_words_and_of_options_that_train_py_has():
+    setup = setup_of("8B", world_size=1)
+    more = plan.mends(setup, H100)[1].split()[1]
+    said = plan.advice(setup, H100, "--force to go on anyway")
+    assert f", or {more} GPUs, with --model.activation_checkpointing full" in said and "--gpu" not in said
+    assert said.startswith("Give ") and said.endswith(", or --force to go on anyway.")
+    card = plan.mends(setup, H100)[2].split()[1]
+    assert f", or {card} instead of h100-80gb, with --model" in said
+
+
+def test_where_nothing_in_the_table_would_do_that_is_said(capsys):
+    shape = ModelConfig(size="custom", n_layer=80, n_head=64, d_model=8192).resolve()
+    muon = OptimConfig(name="muon")
+    setup = plan.make_setup(shape, BatchConfig(128, 1), EngineConfig(name="ddp"), muon, "bf16", 1)
+    assert plan.mends(setup, H100) == []
+    assert plan.advice(setup, H100) == f"{plan.NOTHING_FITS}: take a smaller model or a shorter --model.seq_len."
+    assert plan.advice(setup, H100, "--force to go on anyway").endswith("seq_len. Give --force to go on anyway.")
+    options = ["--config", "production", "--model.size", "custom", "--model.n_layer", "80", "--model.d_model", "8192"]
+    options += ["--model.n_head", "64", "--gpus", "1", "--engine", "ddp", "--optim.name", "muon", "--tokens", "1B"]
+    code, text = run(capsys, *options)
+    assert code == 2 and plan.NOTHING_FITS in text
+
+
 @pytest.mark.parametrize(
     ("engine", "gpus", "first"),
     [

@@ -108,7 +108,8 @@ def test_the_plan_is_held_against_the_smallest_gpu(monkeypatch):
     play_gpus(monkeypatch, 80, 24)
     assert torch_checks.gpu_memory(setup_of("125M"), False).status == "ok"
     large = torch_checks.gpu_memory(setup_of("7B"), False)
-    assert large.status == "fail" and "of 21.6 GB" in large.found and large.mend.startswith("Give --")
+    assert large.status == "fail" and "of 21.6 GB" in large.found
+    assert large.mend.startswith("Give b200 instead of NVIDIA H100") and "--gpu" not in large.mend
     assert torch_checks.gpu_memory(setup_of("7B"), True).status == "warn"
 
 
