@@ -112,18 +112,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], right: bool = Fal
 
 def _ledgers(runs: Sequence[RunLogs]) -> str:
     """Where the hours went, over all restarts, of the runs whose summary tells."""
-    ledgers = {run.name: ledger for run in runs if isinstance(ledger := run.summary.get("ledger"), dict)}
+    # pairs, as runs of two places may have one name
+    ledgers = [(run.name, ledger) for run in runs if isinstance(ledger := run.summary.get("ledger"), dict)]
     if not ledgers:
         return ""
-    bars = "".join(_cause_bar(name, ledger) for name, ledger in ledgers.items())
+    bars = "".join(_cause_bar(name, ledger) for name, ledger in ledgers)
     rows = []
     for key, label, form in _LEDGER:
-        values = [number(ledger, key) for ledger in ledgers.values()]
+        values = [number(ledger, key) for _, ledger in ledgers]
         if any(value is not None for value in values):
             rows.append([label, *("–" if value is None else form(value) for value in values)])
-    return (
-        f'<section class="card"><h2>Ledger over all restarts</h2>{bars}{_table(["", *ledgers], rows, True)}</section>'
-    )
+    table = _table(["", *(name for name, _ in ledgers)], rows, True)
+    return f'<section class="card"><h2>Ledger over all restarts</h2>{bars}{table}</section>'
 
 
 def _cause_bar(name: str, ledger: Tree) -> str:

@@ -70,6 +70,16 @@ def test_whatever_a_run_says_is_text_and_never_markup(tmp_path):
     assert "\x1b" not in "".join(parts.texts)
 
 
+def test_runs_of_one_name_from_two_places_are_both_in_the_ledger(tmp_path):
+    runs = [write_run(tmp_path / place) for place in ("here", "there")]
+    runs[1].summary["ledger"] = {**LEDGER, "tokens": 8192}
+    texts = Parts(page(runs, 1100.0)).texts
+    begin = texts.index("Ledger over all restarts")
+    at = texts.index("tokens", begin)
+    assert texts[at : at + 3] == ["tokens", "4,096", "8,192"]
+    assert texts[begin:at].count("run") == 4  # over its bar, and over its column
+
+
 def test_json_inside_a_script_element_cant_end_it():
     text = embedded({"a": NASTY, "b": "<!--"})
     assert not re.search(r"[<>&\u2028]", text) and json.loads(text) == {"a": NASTY, "b": "<!--"}
