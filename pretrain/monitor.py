@@ -233,7 +233,7 @@ def _phases(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _device_of(record: Mapping[str, Any]) -> list[Tree]:
-    """What the record says of rank 0's device, or of the host where it is a CPU."""
+    """What the record says of rank 0's node: of all its GPUs at once, or of the host where there is none."""
     is_gpu = any(name.startswith("gpu_") for name in record)
     fields = {
         "power_w": number(record, "gpu_power_w", "power_w"),
@@ -241,7 +241,7 @@ def _device_of(record: Mapping[str, Any]) -> list[Tree]:
         "memory_gb": number(record, "gpu_memory_gb", "host_memory_gb"),
     }
     known = {name: value for name, value in fields.items() if value is not None}
-    return [{"device": "GPU of rank 0" if is_gpu else "CPU", **known}] if known else []
+    return [{"device": "GPUs of rank 0's node" if is_gpu else "CPU", **known}] if known else []
 
 
 def _thinned(records: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[float]]:

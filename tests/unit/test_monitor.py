@@ -122,11 +122,13 @@ def test_phases_are_spread_over_steps_and_devices_come_from_where_they_are_known
     records = [
         record(step, forward_ms=10.0, **({"checkpoint_ms": 500.0} if step == 10 else {})) for step in range(1, 11)
     ]
-    records[-1] |= {"gpu_utilization": 97.0, "gpu_power_w": 600.0, "gpu_memory_gb": 60.0}
+    records[-1] |= {"gpu_utilization": 97.0, "power_w": 4800.0, "gpu_memory_gb": 60.0}
     run = read(tmp_path, records)
     status = assess(run, now=1020.0)
     assert status.phases == {"forward_ms": 10.0, "checkpoint_ms": 50.0}
-    assert status.devices == [{"device": "GPU of rank 0", "power_w": 600.0, "utilization": 97.0, "memory_gb": 60.0}]
+    assert status.devices == [  # all of them: power_w of a record is their sum
+        {"device": "GPUs of rank 0's node", "power_w": 4800.0, "utilization": 97.0, "memory_gb": 60.0}
+    ]
     (tmp_path / "power.csv").write_text("time,step,phase,gpu,power_w,throttle\n1019,10,forward,3,555.0,none\n")
     status = assess(run, now=1020.0)
     assert [(row["device"], row["power_w"]) for row in status.devices] == [("GPU 3", 555.0)]
