@@ -11,6 +11,7 @@ over, and what another version wrote in another way is left out rather than trus
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Follower:
             raise StorageError(f"{self.path}: {error.strerror}", f"Look at it: ls -l {self.path}") from error
 
     def _new_lines(self, file: Any) -> tuple[list[str], bool]:
-        status = self.path.stat()
+        status = os.fstat(file.fileno())  # of the path another file may have taken since it was opened
         file_id = status.st_dev, status.st_ino
         is_new = self._file_id not in (None, file_id) or status.st_size < self._at
         skips = False

@@ -43,6 +43,17 @@ def test_a_file_that_was_replaced_is_read_anew(tmp_path):
     assert follower.lines() == ([], False)
 
 
+def test_a_file_that_is_replaced_between_its_opening_and_its_reading_loses_no_line(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("one\ntwo\n")
+    follower = Follower(path)
+    with path.open("rb") as file:
+        (tmp_path / "y").write_text("three\nfour\nfive\n")
+        (tmp_path / "y").rename(path)
+        assert follower._new_lines(file) == (["one", "two"], False)
+    assert follower.lines() == (["three", "four", "five"], True)
+
+
 def test_of_a_long_file_only_the_tail_is_read(tmp_path):
     (tmp_path / "x").write_text("".join(f"line {number}\n" for number in range(10_000)))
     follower = Follower(tmp_path / "x", tail_bytes=100)
