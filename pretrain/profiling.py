@@ -94,9 +94,12 @@ class StepProfiler:
         self.ranges.leave()
         profiler, self._profiler, self._steps = self._profiler, None, range(0)
         profiler.stop()
+        unfinished = self._path.with_name(f".{self._path.name}")
         try:
-            profiler.export_chrome_trace(str(self._path))
+            profiler.export_chrome_trace(str(unfinished))
+            unfinished.replace(self._path)  # a kill leaves no trace that is torn
         except (OSError, RuntimeError) as error:
+            unfinished.unlink(missing_ok=True)
             _log.warning("no trace, %s can't be written: %s", self._path, error)
             return
         _log.info("trace of torch.profiler: %s (open it at https://ui.perfetto.dev)", self._path)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -140,6 +141,19 @@ def test_a_profile_of_steps_that_are_done_already_says_so(tmp_path, caplog):
     late.before_step(4)
     assert late.is_active and "begins with step 4" in caplog.text
     late.finish()
+
+
+def test_a_kill_while_a_trace_is_written_leaves_none_that_is_torn(tmp_path, monkeypatch):
+    def killed(profiler, path):
+        Path(path).write_text('{"traceEvents": [')
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", killed)
+    profiler = StepProfiler(range(1, 2), tmp_path)
+    profiler.before_step(1)
+    with pytest.raises(KeyboardInterrupt):
+        profiler.finish()
+    assert not list(tmp_path.glob("trace*"))
 
 
 def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path, caplog):
