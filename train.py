@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -201,12 +200,12 @@ def loop(run: Run, stop: StopRequest) -> None:
     run.check_budget()
     with contextlib.closing(stream):
         while run.progress.step < run.total_steps and not run.spent:
-            waited_s = run.await_batch(stream, stop)
+            run.await_batch(stream, stop)
             if run.stopped or run.starved:
                 break
             failpoint("loop.before_step")
             files_before = run.progress.files
-            trouble = take_step(run, stream, waited_s)
+            trouble = take_step(run, stream)
             failpoint("loop.after_step")
             due = due or is_due(run, files_before)
             if trouble:
@@ -224,12 +223,8 @@ def loop(run: Run, stop: StopRequest) -> None:
         logger.warning("%s: ending at step %d of %d", run.spent, run.progress.step, run.total_steps)
 
 
-def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s: float = 0.0) -> Trouble | None:
-    """One optimizer step, its validation and its record where they are due; what is wrong, if anything.
-
-    Args:
-        waited_s: seconds that the ranks have waited for its batch already.
-    """
+def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]]) -> Trouble | None:
+    """One optimizer step, its validation and its record where they are due; what is wrong, if anything."""
     import torch
 
     from pretrain.divergence import Observation
@@ -237,14 +232,13 @@ def take_step(run: Run, stream: Iterator[tuple[np.ndarray, Position]], waited_s:
     from pretrain.progress import step_seed
 
     config = run.config
-    started = time.perf_counter() - waited_s
     tokens, position = next(stream)
     lr = learning_rate(run.engine.state().optimizer_steps, run.total_steps, config.optim)
     # Dropout's randomness is a function of where the run stands, so there is no generator state to save.
     torch.manual_seed(step_seed(config.run.seed, run.progress.step, run.ranks.rank))
     result = run.engine.train_step(torch.from_numpy(tokens).split(config.batch.micro_size), lr)
     loss = run.ranks.mean(float(result.loss))
-    step_s = time.perf_counter() - started
+    step_s = run.timer.lap()
 
     files = run.corpus.batches.files_processed(position)
     progress = run.progress.after_step(position, files, config.tokens_per_step, result.applied, step_s)

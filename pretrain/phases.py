@@ -28,7 +28,45 @@ import torch
 
 PHASES = ("data_wait", "forward", "backward", "optimizer", "checkpoint", "eval", "other")
 OF_THE_ENGINE = frozenset(("forward", "backward", "optimizer"))
+A_STEP = ("data_wait", *sorted(OF_THE_ENGINE))
+BETWEEN_STEPS = ("checkpoint", "eval")
 REMEMBERED = 65_536  # marks that wait for somebody to ask what was when; nobody asks on most ranks
+
+
+class StepTimer:
+    """How long each step takes: from the end of the one before, without what is told apart. So the seconds of all
+    steps and of what was apart are the time by the clock.
+
+    Args:
+        clock: seconds from anywhere, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._since_s: float | None = None
+        self._apart_s = 0.0
+
+    def begin(self) -> None:
+        """The first step begins; of every later one nothing is to be said."""
+        if self._since_s is None:
+            self._since_s = self._clock()
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """The block is no part of a step."""
+        began_s = self._clock()
+        try:
+            yield
+        finally:
+            self._apart_s += self._clock() - began_s
+
+    def lap(self) -> float:
+        """A step ends: its seconds."""
+        now_s = self._clock()
+        since_s = now_s if self._since_s is None else self._since_s
+        seconds = now_s - since_s - self._apart_s
+        self._since_s, self._apart_s = now_s, 0.0
+        return seconds
 
 
 class Event(Protocol):

@@ -76,6 +76,7 @@ def roll_back(run: Run, trouble: Trouble) -> None:
             "step %d: %s. Back to %s; %d windows are passed over (roll-back %d of at most %d)",
             *(trouble.step, trouble.reason, checkpoint.folder.name, windows, run.progress.rollbacks, limit),
         )
+    run.timer.lap()  # none of this is a step
     failpoint("loop.after_rollback")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from pretrain.keeper import Keeper
 from pretrain.ledger import spent_budget
 from pretrain.metrics import Metrics
 from pretrain.mixture import Mixture
+from pretrain.phases import A_STEP, BETWEEN_STEPS, StepTimer
 from pretrain.power import EnergyWindow
 from pretrain.progress import Progress
 from pretrain.ranks import Ranks
@@ -65,6 +66,7 @@ class Run:
         timed_steps, timed_seconds: of this process after its first step, which warms up and compiles.
         unrecorded_steps, unrecorded_seconds: since the last record.
         val_loss: of the last validation.
+        timer: of the steps.
     """
 
     config: Config
@@ -97,6 +99,7 @@ class Run:
         self.first_step = self.progress.step
         self.engine.mark = self.telemetry.mark
         self._energy = EnergyWindow()
+        self.timer = StepTimer()
         self.peak_flops, source = peak_flops(self.device, precision)
         self.about: dict[str, Any] = {
             "run": self.config.run.name,
@@ -116,15 +119,13 @@ class Run:
                 logger.info(line)
         logger.info("MFU is against %.2f TFLOP/s a rank (%s)", self.peak_flops / 1e12, source)
 
-    def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> float:
+    def await_batch(self, stream: ReadAhead[Position], stop: StopRequest) -> None:
         """Begin a step: wait until every rank has its batch, or one is asked to stop (`stopped`), or no more raw text
         can be prepared on a node (`starved`).
 
         A wait while data arrives, on whatever rank, is no hang. Every rank must call it.
-
-        Returns:
-            seconds that a rank without its batch had the others wait.
         """
+        self.timer.begin()
         self.telemetry.begin_step(self.progress.step + 1)
         started, arrived, waits = time.perf_counter(), self.corpus.arrived, True
         waited_s = 0.0
@@ -142,7 +143,6 @@ class Run:
                 if waits and arrives:
                     self.excuse()
         START.ended("first batch")
-        return waited_s and time.perf_counter() - started
 
     def check_data(self) -> None:
         """Raise, on every rank, why raw text could not be prepared where the loop ended because of it."""
@@ -157,8 +157,10 @@ class Run:
         self.progress = progress
         if START.finish("first step"):
             logger.info("start-up: %s", START)
-        if garbage.collect_after(progress.step - self.first_step):
-            host_memory.give_back()
+        steps = progress.step - self.first_step
+        with self.timer.apart() if steps == 1 else contextlib.nullcontext():  # what the start has made is no step's
+            if garbage.collect_after(steps):
+                host_memory.give_back()
         self.unrecorded_steps += 1
         self.unrecorded_seconds += step_s
         if progress.step > self.first_step + 1:
@@ -172,9 +174,12 @@ class Run:
         """The loss scale of fp16; None in other precisions, which have none."""
         return self.engine.state().loss_scale if self.config.train.precision == "fp16" else None
 
-    def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """The phase that a block is, for the telemetry; see phases.PHASES."""
-        return self.telemetry.phase(name)
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """The phase that a block is, see phases.PHASES: for the telemetry, and for the time of the steps."""
+        apart = self.timer.apart() if name in BETWEEN_STEPS else contextlib.nullcontext()
+        with apart, self.telemetry.phase(name):
+            yield
 
     def mfu(self, tokens_per_second: float) -> dict[str, float]:
         """Model FLOPs utilization, 0 to 1: useful FLOP/s over the peak of all devices (PaLM, appendix B).
@@ -199,6 +204,9 @@ class Run:
         tokens_per_second = self.config.tokens_per_step / step_s
         self.history.update(progress.step, loss, lr)
         self._energy.add(self._energy_j(), steps * self.config.tokens_per_step)
+        figures = self.telemetry.figures()
+        if figures:
+            figures["other_ms"] = max(step_s * 1e3 - sum(figures[f"{phase}_ms"] for phase in A_STEP), 0.0)
         self.metrics.record(
             {
                 "step": progress.step,
@@ -217,7 +225,7 @@ class Run:
                 "steps_per_second": 1 / step_s,
                 "step_ms": step_s * 1e3,
                 **self.mfu(tokens_per_second),
-                **self.telemetry.figures(),
+                **figures,
                 **self._energy.figures(at_once=progress.step == self.total_steps),
             }
         )

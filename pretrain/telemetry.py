@@ -23,14 +23,12 @@ import torch
 
 from pretrain import log
 from pretrain.config import LogConfig, profile_steps
-from pretrain.phases import OF_THE_ENGINE, PhaseClock, cuda_event
+from pretrain.phases import A_STEP, BETWEEN_STEPS, PhaseClock, cuda_event
 from pretrain.power import PowerFile, Sampler
 from pretrain.profiling import NvtxRanges, StepProfiler
 from pretrain.sensors import GB, CpuSensors, GpuSensors
 
 POWER_FILE = "power.csv"
-A_STEP = ("data_wait", *sorted(OF_THE_ENGINE))
-BETWEEN_STEPS = ("checkpoint", "eval")
 CPU = "cpu"
 
 _log = log.get(__name__)

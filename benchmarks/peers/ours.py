@@ -82,8 +82,10 @@ def main() -> None:
         stream: Any = run.corpus.batches.stream(run.progress.position, 0, 1)
 
         def take(steps: int) -> None:
+            run.timer.lap()  # what lay between two orders is no step
             for _ in range(steps):
-                train.take_step(run, stream, run.await_batch(stream, stop))
+                run.await_batch(stream, stop)
+                train.take_step(run, stream)
 
         take(WARM_UP_STEPS)
         model = run.config.model

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.phases import PHASES, PhaseClock, cuda_event
+from pretrain.phases import PHASES, PhaseClock, StepTimer, cuda_event
 
 
 class Time:
@@ -196,3 +196,22 @@ def test_a_real_gpus_phases_take_the_time_that_they_take() -> None:
     _, seconds = clock.take()
     assert seconds["forward"] > 1e-3
     assert seconds["backward"] / seconds["forward"] == pytest.approx(3, rel=0.3)
+
+
+def test_the_times_of_all_steps_and_of_what_was_apart_are_the_time_by_the_clock():
+    now = [100.0]
+    timer = StepTimer(lambda: now[0])
+    now[0] = 200.0  # start-up
+    timer.begin()
+    now[0] += 3.0
+    assert timer.lap() == 3.0
+    with timer.apart():
+        now[0] += 50.0
+    now[0] += 1.0  # records, and what else the loop does between steps
+    timer.begin()
+    now[0] += 2.0
+    with pytest.raises(KeyError), timer.apart():
+        now[0] += 7.0
+        raise KeyError
+    assert timer.lap() == 3.0 and timer.lap() == 0.0
+    assert 3.0 + 50.0 + 7.0 + 3.0 == now[0] - 200.0
