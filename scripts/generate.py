@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_DONE
+    except KeyboardInterrupt:  # before the first text: while a text is written, it ends there and is shown
+        say("stopped by Ctrl+C")
+        return EXIT_INTERRUPTED
     return code
 
 

@@ -8,10 +8,12 @@ import io
 import json
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,12 +32,19 @@ from tests.helpers_training import upload_checkpoint
 from tests.runs import PATIENCE_S, ROOT, plain_environment, store_of
 
 VOCAB_SIZE, SEQ_LEN = 300, 48
+SILENCE_S = 5.0  # after which a key is pressed again
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # grüße, 世界 🙂 {i * 7919}\n" for i in range(200)]
 SHAPE = {"n_layer": 2, "n_head": 4, "d_model": 32, "vocab_size": VOCAB_SIZE, "dropout": 0.1, "seq_len": SEQ_LEN}
 
 
-def write_run(folder: Path, *, tokenizer: bool = True, **shape: object) -> tuple[Path, GPT]:
-    """A run's folder with one checkpoint of a model that has strong opinions; and the model."""
+def write_run(
+    folder: Path, *, tokenizer: bool = True, never_drawn: int = VOCAB_SIZE, **shape: object
+) -> tuple[Path, GPT]:
+    """A run's folder with one checkpoint of a model that has strong opinions; and the model.
+
+    Args:
+        never_drawn: a token whose logit is always 0, which is never the highest.
+    """
     config = ModelConfig(**{"size": "custom", **SHAPE, "family": "llama", "n_kv_head": 2, **shape})
     torch.manual_seed(0)
     model = GPT(config.resolve()).eval()
@@ -44,6 +53,7 @@ def write_run(folder: Path, *, tokenizer: bool = True, **shape: object) -> tuple
             parameter.add_(0.2 * torch.randn_like(parameter))
         model.tok_emb.weight[VOCAB_SIZE:] = 0
         model.head_weight[VOCAB_SIZE:] = 0
+        model.head_weight[never_drawn : never_drawn + 1] = 0
     path = folder / str(CheckpointName(0, 7, 7))
     path.mkdir(parents=True)
     zeros = ((name, p.detach(), torch.zeros_like(p)) for name, p in model.named_parameters())
@@ -218,17 +228,26 @@ class Terminal:
         os.close(terminal)
         self.said = b""
 
-    def until(self, text: str) -> str:
+    def until(self, text: str, on_silence: Callable[[], None] = lambda: None) -> str:
         """Read until `text` came; all that came up to there."""
         deadline = time.monotonic() + PATIENCE_S
         while text.encode() not in self.said:
             assert time.monotonic() < deadline, self.said
+            if not select.select([self._master], [], [], SILENCE_S)[0]:
+                on_silence()
+                continue
             try:
                 self.said += os.read(self._master, 4096)
             except OSError as error:  # the other side has closed
                 raise AssertionError(f"ended before {text!r}: {self.said!r}") from error
         before, _, self.said = self.said.partition(text.encode())
         return before.decode(errors="replace")
+
+    def interrupt(self, text: str) -> None:
+        """Ctrl+C until `text` came: one that falls between a prompt and the reading behind it waits for a key."""
+        again = functools.partial(self.process.send_signal, signal.SIGINT)
+        again()
+        self.until(text, again)
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -287,17 +306,25 @@ def test_a_chat_shows_whole_answers_where_streaming_is_off(run, monkeypatch, cap
     assert "".join(live) == "".join(whole) and len(live) > len(whole) == 2
 
 
+def test_ctrl_c_while_the_checkpoint_is_read_is_one_line_and_130(run, monkeypatch, capsys):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("scripts.generate.load_pretrained", interrupted)
+    assert main([str(run[0]), "--prompt", "x"]) == 130
+    assert capsys.readouterr().err == "stopped by Ctrl+C\n"
+
+
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path, talk):
-    folder, _ = write_run(tmp_path / "long", seq_len=4096)
-    chat = talk(folder, "--max_new_tokens", "3900")
+    never = VOCAB_SIZE - 1  # of a text that ends nowhere: it is still written when the signal comes
+    folder, _ = write_run(tmp_path / "long", never_drawn=never, seq_len=4096)
+    chat = talk(folder, "--max_new_tokens", "3900", "--temperature", "0", "--eot_id", str(never))
     chat.until("User: ")
     chat.type("hi\n")
     chat.until("Assistant:")
-    chat.process.send_signal(signal.SIGINT)
-    chat.until("(stopped)")
+    chat.interrupt("(stopped)")
     chat.until("User: ")
-    chat.process.send_signal(signal.SIGINT)
-    chat.until("/quit or Ctrl+D ends the chat")
+    chat.interrupt("/quit or Ctrl+D ends the chat")
     chat.type("/quit\n")
     chat.until("tokens/s")
     assert chat.process.wait(PATIENCE_S) == 0
