@@ -316,6 +316,7 @@ def close(run: Run) -> int:
     run.keeper.close()
     run.record_events()
     run.keeper.check()
+    run.record_energy()
     run.telemetry.close()  # the page that is drawn at the end reads what it wrote
     if run.ranks.is_first:
         summary = run.summary()

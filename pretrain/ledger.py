@@ -104,8 +104,7 @@ class Ledger:
         self._step, self._tokens, self._booked_s, self._has_records = step, tokens, now_s, True
         self.seen_s = max(self.seen_s, now_s)
         self.furthest_step = max(self.furthest_step, step)
-        if self._energy_j is not None:
-            self._energy_j += record.get("energy_j", 0.0)
+        self._add_energy(record)
 
     def event(self, kind: str, time_s: float, fields: Mapping[str, Any]) -> None:
         """Take in a line of events.jsonl."""
@@ -115,10 +114,16 @@ class Ledger:
             self._book("lost", self._passed_s(time_s))
             self._booked_s = time_s
             self._go_back(int(fields["step"]))
+        elif kind == "energy":
+            self._add_energy(fields)
         elif kind == "ended":
             self._book("checkpoint" if self._has_records else "startup", self._passed_s(time_s))
             self._booked_s, self._runs = time_s, False
         self.seen_s = max(self.seen_s, time_s)
+
+    def _add_energy(self, fields: Mapping[str, Any]) -> None:
+        if self._energy_j is not None:
+            self._energy_j += fields.get("energy_j", 0.0)
 
     def _begin(self, time_s: float, fields: Mapping[str, Any]) -> None:
         """A process has started; before it comes what the one before left open."""

@@ -136,13 +136,15 @@ class Meter:
 class EnergyWindow:
     """Energy per token, over windows of at least a second: in less the pace of the counters themselves would show.
 
+    The first window begins at the first record: what was used before has a start-up and a compilation in it.
+
     Args:
         clock: seconds from anywhere, monotonic.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._since_s = clock()
+        self._since_s: float | None = None  # None: no window has begun
         self._told_j = 0.0
         self._used_j: float | None = None
         self._tokens = 0
@@ -159,15 +161,22 @@ class EnergyWindow:
             at_once: however short the time is.
 
         Returns:
-            energy_j and energy_j_per_token; {} while the window is too short, and where nothing is known.
+            energy_j and, but for the first time, energy_j_per_token; {} while the window is too short, and where
+            nothing is known.
         """
-        now_s = self._clock()
-        if self._used_j is None or not self._tokens or not (at_once or now_s - self._since_s >= WINDOW_S):
+        now_s, since_s, tokens = self._clock(), self._since_s, self._tokens
+        if self._used_j is None or not tokens or not (since_s is None or at_once or now_s - since_s >= WINDOW_S):
             return {}
-        joules = self._used_j - self._told_j
-        figures = {"energy_j": joules, "energy_j_per_token": joules / self._tokens}
-        self._since_s, self._told_j, self._tokens = now_s, self._used_j, 0
-        return figures
+        self._since_s, self._tokens = now_s, 0
+        joules = self.rest()
+        return {"energy_j": joules} if since_s is None else {"energy_j": joules, "energy_j_per_token": joules / tokens}
+
+    def rest(self) -> float:
+        """Joules of which no answer has told yet; 0 where they are unknown."""
+        if self._used_j is None:
+            return 0.0
+        joules, self._told_j = self._used_j - self._told_j, self._used_j
+        return joules
 
 
 class Sampler:

@@ -250,6 +250,12 @@ class Run:
         total = ranks.mean((math.nan if own is None else own) if speaks else 0.0) * ranks.world_size
         return None if math.isnan(total) else total
 
+    def record_energy(self) -> None:
+        """Record the energy of which no record has told, at the end of a run. Every rank must call it."""
+        self._energy.add(self._energy_j(), 0)
+        if joules := self._energy.rest():
+            self.metrics.event("energy", step=self.progress.step, energy_j=joules)
+
     def check_budget(self) -> None:
         """Set `spent` where the run has taken what it may take. Every rank must call it."""
         train = self.config.train

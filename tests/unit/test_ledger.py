@@ -135,6 +135,14 @@ def test_energy_adds_up_over_lost_work_too_and_is_unknown_where_one_process_did_
     assert Ledger().totals(0.0)["energy_kwh"] is None
 
 
+def test_what_is_used_after_the_last_record_counts():
+    ledger = Ledger()
+    ledger.event("started", 0.0, {"step": 0, "measures_energy": True})
+    steps(ledger, 0.0, 1, 2, energy_j=9e5)
+    ledger.event("energy", 25.0, {"step": 2, "energy_j": 18e5})
+    assert ledger.totals(30.0)["energy_kwh"] == pytest.approx(4 * 0.25)
+
+
 def test_cost_is_gpu_hours_at_a_price_and_each_process_counts_its_own_gpus():
     ledger = Ledger()
     start(ledger, 0.0, world_size=8)

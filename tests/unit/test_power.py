@@ -208,20 +208,25 @@ def test_trouble_with_the_disk_is_said_once_and_stops_nobody(tmp_path, caplog):
 
 def test_energy_per_token_is_over_windows_of_a_second(clock):
     window = EnergyWindow(clock)
+    clock.now += 99.0
+    window.add(5000.0, 100)
+    assert window.figures(at_once=False) == {"energy_j": 5000.0}  # of a start-up: not what a token takes
     clock.now += 0.4
-    window.add(20.0, 100)
+    window.add(5020.0, 100)
     assert window.figures(at_once=False) == {}
     clock.now += 0.7
-    window.add(60.0, 100)
+    window.add(5060.0, 100)
     assert window.figures(at_once=False) == {"energy_j": 60.0, "energy_j_per_token": 0.3}
     clock.now += 0.1
-    window.add(61.0, 50)
+    window.add(5061.0, 50)
     assert window.figures(at_once=False) == {}
     assert window.figures(at_once=True) == {"energy_j": 1.0, "energy_j_per_token": 0.02}
+    window.add(5064.0, 10)
+    assert window.figures(at_once=False) == {} and window.rest() == 3.0 and window.rest() == 0.0
 
 
 def test_unknown_energy_is_left_out(clock):
     window = EnergyWindow(clock)
     clock.now += 5
     window.add(None, 100)
-    assert window.figures(at_once=True) == {}
+    assert window.figures(at_once=True) == {} and window.rest() == 0.0
