@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import resource
+import sys
 from pathlib import Path
 
 import psutil
@@ -35,8 +37,7 @@ def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
     Args:
         kind: of their devices: "cpu" or "cuda".
     """
-    weights = FP32_BYTES * sum(memory.parameter_sizes(setup.model))
-    saved = (weights + moments_bytes(setup.optim, setup.model)) // setup.world_size  # a rank's part of a checkpoint
+    saved = checkpoint_bytes(setup)
     if kind == "cpu":
         held = memory.peak(setup).total + saved
     else:
@@ -44,6 +45,18 @@ def host_bytes(setup: Setup, local_ranks: int, kind: str) -> int:
         # a resume reads one parameter at a time, with both moments
         held = max(largest_state_bytes(setup.optim, setup.model), saved) + offloaded
     return local_ranks * (PROCESS_BYTES[kind] + held)
+
+
+def checkpoint_bytes(setup: Setup) -> int:
+    """Bytes of a rank's part of a checkpoint, on its way to the disk."""
+    weights = FP32_BYTES * sum(memory.parameter_sizes(setup.model))
+    return (weights + moments_bytes(setup.optim, setup.model)) // setup.world_size
+
+
+def peak_resident_bytes() -> int:
+    """Most bytes that this process ever held in host memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def keep_freed() -> bool:

@@ -14,7 +14,7 @@ import torch
 from pretrain import budget, failpoints, hardware, host_memory, log, ranks
 from pretrain.alike import check_alike
 from pretrain.arguments import ROOT
-from pretrain.budget import Prediction
+from pretrain.budget import HostPrediction, Prediction
 from pretrain.checkpoint import CheckpointReader
 from pretrain.config import Config
 from pretrain.corpus import Corpus, fetch_corpus
@@ -65,7 +65,7 @@ def settle_micro_size(config: Config, device: torch.device, ranks: Ranks) -> Con
     return replace(config, batch=replace(config.batch, micro_size=size))
 
 
-def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | None:
+def check_memory(config: Config, device: torch.device, ranks: Ranks, force: bool) -> Prediction | HostPrediction:
     """See `budget.check_memory`."""
     return budget.check_memory(_setup(config, ranks), device, ranks, force)
 

@@ -14,7 +14,7 @@ import torch
 from model import GPT
 from pretrain import budget, garbage, host_memory, log
 from pretrain.batches import Position
-from pretrain.budget import Prediction
+from pretrain.budget import HostPrediction, Prediction
 from pretrain.config import Config
 from pretrain.corpus import Corpus
 from pretrain.divergence import Watch
@@ -52,7 +52,7 @@ class Run:
         model: the bare module inside the engine.
         watch: for divergence.
         total_steps: step at which the run ends.
-        prediction: of memory and speed; None on a CPU.
+        prediction: of memory, and on a GPU of speed; None where nobody asked.
         beat: told the number of each step that has ended; the watchdog listens.
         excuse: told that no step can end, and that this is no hang; the watchdog listens.
 
@@ -82,7 +82,7 @@ class Run:
     watch: Watch
     progress: Progress
     total_steps: int
-    prediction: Prediction | None = None
+    prediction: Prediction | HostPrediction | None = None
     stopped: bool = False
     starved: bool = False
     spent: str = ""

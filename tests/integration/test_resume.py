@@ -204,6 +204,7 @@ def test_resume_finds_the_newest_sound_checkpoint_and_refuses_what_is_not_there(
     assert started.code == 0, started.output
     assert f"run {RUN} has no checkpoint yet, starting afresh" in started.output
     said = started.output
+    assert "Memory Requirements of one rank" in said and ": Feasible" in said and "GB were resident at most" in said
     for step in (4, 8, 12):  # in the bucket before the training goes on
         name = checkpoint_named(bucket_url, step)
         assert 0 < said.index(f"{name} committed to {bucket_url}") < said.index(f"{name}: snapshot taken")
