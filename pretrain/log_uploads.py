@@ -22,13 +22,14 @@ from pretrain import log
 from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, StorageError
 from pretrain.files import new_file
-from pretrain.run_logs import parse_trees, time_of
+from pretrain.run_logs import POWER_FILE, parse_trees, time_of
 from pretrain.sinks import Sink
 from pretrain.storage import ObjectExists, ObjectStore, crc32c_of_bytes, open_store
 
 LOGS_FOLDER = "logs"
 GROWING_FILES = ("events.jsonl", "metrics.jsonl", "training.log", "restarts.jsonl")
-LOG_FILES = (*GROWING_FILES, "config.yaml", "summary.json", "report.html")
+LOG_FILES = (*GROWING_FILES, "config.yaml", "summary.json", "report.html", POWER_FILE)
+POWER_TAIL_BYTES = 1 << 20  # of power.csv, which has 7 KB a second of eight GPUs: its last minutes
 MAX_BYTES = 256 << 20  # of one file: a metrics.jsonl of half a million steps; what is longer stays here
 DEADLINE_S = 20.0  # of all tries of one request: the next commit tries again anyway
 FAREWELL_S = 20.0  # that the end of a run waits for the last copy: spot machines give 30 s in all
@@ -125,7 +126,7 @@ class LogUploads(Sink):
             if status.st_size > MAX_BYTES:
                 self._warn(f"{path} has {status.st_size >> 20} MiB and is no longer copied to the bucket")
                 continue
-            data = path.read_bytes()
+            data = _tail_of(path) if file == POWER_FILE else path.read_bytes()
             if file in self._theirs:
                 data = join_lines(data, self._theirs[file])
             self._generations[file] = self._replace(file, data, self._generations.get(file, 0))
@@ -177,6 +178,16 @@ def open_log_uploads(folder: Path, url: str, storage: StorageConfig, run_name: s
     """
     patience = replace(storage, deadline_s=min(storage.deadline_s, DEADLINE_S))
     return LogUploads(folder, open_store(url, patience), run_name)
+
+
+def _tail_of(path: Path) -> bytes:
+    """The names of a CSV's columns and its last rows, `POWER_TAIL_BYTES` at most."""
+    with path.open("rb") as file:
+        names = file.readline(1000)
+        begin, size = file.tell(), path.stat().st_size
+        at = file.seek(max(begin, size - POWER_TAIL_BYTES))
+        rows = file.read(POWER_TAIL_BYTES)
+    return names + (rows if at == begin else rows.partition(b"\n")[2])
 
 
 def join_lines(ours: bytes, theirs: bytes) -> bytes:

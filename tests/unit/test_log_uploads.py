@@ -11,6 +11,7 @@ from pretrain.errors import ConfigError, StorageError
 from pretrain.log_sources import open_sources
 from pretrain.log_uploads import LogUploads, join_lines, open_log_uploads
 from pretrain.metrics import Metrics
+from pretrain.monitor import assess
 from pretrain.storage import LocalStore, open_store
 from tests.helpers_training import FaultyStore
 
@@ -33,7 +34,7 @@ def warnings(monkeypatch):
 def folder(tmp_path):
     folder = tmp_path / "logs" / "run"
     folder.mkdir(parents=True)
-    for name in ("metrics.jsonl", "training.log", "power.csv", "events.out.tfevents.1"):
+    for name in ("metrics.jsonl", "training.log", "power.1.csv", "events.out.tfevents.1"):
         (folder / name).write_text(f"{name}\n")
     return folder
 
@@ -173,6 +174,20 @@ def test_a_reply_that_was_lost_is_no_other_process(store, folder, warnings, buck
     (folder / "metrics.jsonl").write_text("three\n")
     assert uploads.upload() == ["metrics.jsonl"] and not uploads.is_off
     assert inner.read_bytes("run/logs/metrics.jsonl") == b"three\n"
+
+
+def test_of_the_power_the_last_rows_are_sent_and_show_each_device(store, folder, monkeypatch):
+    monkeypatch.setattr(log_uploads, "POWER_TAIL_BYTES", 100)
+    names = "time,step,phase,gpu,power_w\n"
+    rows = [f"{second}.0,{second},forward,{gpu},{gpu}00.0\n" for second in range(1000, 1100) for gpu in (1, 2)]
+    (folder / "power.csv").write_text(names + "".join(rows))
+    assert LogUploads(folder, store, "run").upload() == ["metrics.jsonl", "training.log", "power.csv"]
+    assert in_bucket(store, "power.csv") == names + "".join(rows[-3:])
+    with open_sources([f"file://{store.url}/run"], folder, StorageConfig()) as (source,):
+        assert [row["device"] for row in assess(source.refresh(), 1100.0).devices] == ["GPU 1", "GPU 2"]
+    (folder / "power.csv").write_text(names + rows[0])
+    LogUploads(folder, store, "run").upload()
+    assert in_bucket(store, "power.csv") == names + rows[0]
 
 
 def test_a_file_that_is_too_big_stays_here(store, folder, warnings, monkeypatch):
