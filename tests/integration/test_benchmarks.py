@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import bench_growth, bench_startup, bench_train
+from benchmarks import bench_generate, bench_growth, bench_startup, bench_telemetry, bench_train
 from tests.runs import ROOT, plain_environment
 
 CHECKPOINT = ROOT / "benchmarks" / "bench_checkpoint.py"
@@ -108,6 +108,26 @@ def test_bench_memory_leaves_out_what_a_gpu_has_no_room_for_and_misses_by_the_pe
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert bench.without_leftovers(full) is None and bench.without_leftovers(lambda: 7) == 7
+
+
+@pytest.mark.slow
+def test_bench_generate_writes_the_same_with_and_without_the_cache(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_generate.main(["--new_tokens", "32", "--rounds", "1", "--json"]) in (0, 1)
+    tree = json.loads(capsys.readouterr().out)
+    checks = {check["name"]: check for check in tree["checks"]}
+    assert checks["rounds_with_equal_text"]["passed"] and checks["speed_up_by_cache"]["value"] > 0
+    assert tree["distinct_tokens"] > 1
+    assert bench_generate.main(["--new_tokens", "31"]) == 2
+
+
+@pytest.mark.slow
+def test_bench_telemetry_compares_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_telemetry.main(["--steps", "1", "--rounds", "2", "--json"]) in (0, 1)
+    tree = json.loads(capsys.readouterr().out)
+    assert [check["name"] for check in tree["checks"]] == ["counted_of_a_step", "compared_beyond_noise"]
+    assert len(tree["ratios"]) == 2 and 0 < tree["calls_percent"] < 100
+    assert bench_telemetry.main(["--rounds", "1"]) == 2
+    assert "--rounds at least 2" in capsys.readouterr().err
 
 
 # ---- the start ----
