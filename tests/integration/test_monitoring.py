@@ -23,7 +23,7 @@ def place(tmp_path_factory, gcs):
     url = f"gs://{gcs.bucket}/watched"
     environment = plain_environment(STORAGE_EMULATOR_HOST=gcs.endpoint, NO_GCE_CHECK="true")
     options = ("--data", "shards", "--data.val_source", "shards", "--checkpoints", url, *OPTIONS)
-    with TrainingProcess(folder, *options, "--max-steps", "4000", environment=environment) as first:
+    with TrainingProcess(folder, *options, "--max-steps", "1000000", environment=environment) as first:
         first.until_step(7)
         during = ask("monitor_training", folder, RUN, "--once", "--json", environment=environment)
         first.signal(signal.SIGTERM)
@@ -50,7 +50,7 @@ def only_run(output):
 
 def test_a_monitor_tells_running_stopped_and_done(place):
     folder, _, environment, during, stopped = place
-    assert only_run(during)["state"] == "running" and only_run(during)["total_steps"] == 4000
+    assert only_run(during)["state"] == "running" and only_run(during)["total_steps"] == 1_000_000
     assert only_run(stopped)["state"] == "stopped"
     now = only_run(ask("monitor_training", folder, "--once", "--json", environment=environment))
     assert (now["name"], now["state"], now["fraction"], now["restarts"]) == (RUN, "done", 1.0, 1)
