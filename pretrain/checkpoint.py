@@ -5,6 +5,9 @@
     config.yaml  metadata.json  training_metrics.json  trainer_state.json  tokenizer.json (if known)
     manifest.json                          written last, by rename. No manifest, no checkpoint.
 
+A save is written beside the folder, as .NAME.saving, and takes its name when it is whole: a checkpoint of that name, of
+before a roll-back, is there until then.
+
 N is the number of ranks that shared the writing; nothing else in a checkpoint depends on it, nor on the engine.
 """
 
@@ -14,7 +17,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
@@ -24,11 +27,13 @@ from torch import Tensor
 from pretrain.checkpoint_manifest import MANIFEST_FILE, FileEntry, Manifest
 from pretrain.engine.base import ParameterState
 from pretrain.errors import CheckpointError, StorageError
+from pretrain.failpoints import failpoint
 from pretrain.files import crc32c_of_bytes, crc32c_of_file, new_file, sync
 from pretrain.optim_config import ADAM_MOMENTS, MUON_MOMENTS
 from pretrain.snapshot import Snapshot, part_name
 
 INDEX_FILE = "model.safetensors.index.json"
+SAVING_SUFFIX, REPLACED_SUFFIX = ".saving", ".replaced"
 
 
 def write_parts(snapshot: Snapshot, folder: Path, rank: int, world_size: int) -> dict[str, FileEntry]:
@@ -91,6 +96,36 @@ def retract_manifest(folder: Path) -> None:
         (folder / MANIFEST_FILE).unlink(missing_ok=True)
     except OSError as error:
         raise _write_error(folder, error) from error
+
+
+def saving_folder(folder: Path) -> Path:
+    """Where a save is written that is to become `folder`."""
+    return folder.with_name(f".{folder.name}{SAVING_SUFFIX}")
+
+
+def replaced_folder(folder: Path) -> Path:
+    """Where what was `folder` goes while a save takes its name."""
+    return folder.with_name(f".{folder.name}{REPLACED_SUFFIX}")
+
+
+def put_in_place(folder: Path) -> None:
+    """Give a whole save its name, in place of what has that name. Raises as `write_parts`.
+
+    A folder can't be renamed over another, so a kill may leave the name to none of the two. Both are whole then, and
+    the next start calls this again.
+    """
+    saving, replaced = saving_folder(folder), replaced_folder(folder)
+    try:
+        if folder.exists():
+            remove_folder(replaced)
+            folder.rename(replaced)
+        failpoint("checkpoint.before_rename")
+        saving.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        raise _write_error(folder, error) from error
+    with suppress(OSError):  # somebody may be reading it still: the next start sweeps it away
+        remove_folder(replaced)
 
 
 def remove_folder(folder: Path) -> None:

@@ -34,6 +34,7 @@ FAILPOINTS: dict[str, str] = {
     "snapshot.after_copy": "a save's tensors are in host memory, nothing is written",
     "checkpoint.before_write": "the folder of a save is made, and empty",
     "checkpoint.after_write": "this rank's files are written, the manifest is not",
+    "checkpoint.before_rename": "a save is whole; it has not its name yet, nor has what it takes the place of (rank 0)",
     "checkpoint.after_manifest": "a save is committed on this machine",
     "upload.before_files": "nothing of a checkpoint is in the bucket",
     "upload.after_files": "this rank's files are in the bucket, those of others may not be",

@@ -23,11 +23,10 @@ from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.engine.base import Engine
 from pretrain.errors import StorageError
-from pretrain.files import PART_SUFFIX, make_writable
 from pretrain.local_writer import SaveJob, Writer
 from pretrain.ranks import Ranks, background_group
 from pretrain.resumption import agree, share_inventory
-from pretrain.run_lock import RunLock
+from pretrain.run_folder import RunFolder
 from pretrain.snapshot import HostBuffers, take_snapshot
 from pretrain.storage import ObjectStore, open_store
 from pretrain.upload_queue import UploadQueue
@@ -50,7 +49,7 @@ class Keeper:
 
     Raises:
         StorageError: the folder or the bucket can't be written.
-        ConfigError: archives of that kind can't be made here.
+        ConfigError: archives of that kind can't be made here, or without a bucket the nodes share no folder.
         CheckpointError: a tool, or without a bucket another trainer, is using the run.
     """
 
@@ -59,9 +58,9 @@ class Keeper:
         self._config = config
         self._ranks = ranks
         self._run_name = run_name
-        self._folder = Path(config.dir) / run_name
         self._store = open_store(config.url, storage) if config.url else None
-        self._lock = self._hold_folder()
+        self._held = RunFolder(ranks, Path(config.dir) / run_name, has_bucket=bool(config.url))
+        self._folder = self._held.path
         attempt = self._fresh_attempt()
         writer_group, upload_group = background_group(), background_group()
         self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
@@ -93,26 +92,8 @@ class Keeper:
                 on_commit=self._committed_in_bucket,
                 on_failure=self._upload_failed,
             )
-        self._writer = Writer(self._folder, ranks, attempt, writer_group, self._committed_here)
-
-    def _hold_folder(self) -> RunLock:
-        """Find out that the folder can be written, free it of half-made archives, and keep off it who must not be there
-        meanwhile."""
-        if self._ranks.local_rank == 0:
-            make_writable(self._folder, "--checkpoint.dir")
-            # an archive that a kill left half-made is as big as a checkpoint, and no later one takes its name
-            for archive in self._folder.glob(f".checkpoint-*{PART_SUFFIX}"):
-                archive.unlink(missing_ok=True)
-        lock = RunLock(self._folder)  # on every rank: one that outlives the others keeps tools out, too
-
-        def alone() -> dict[str, Any]:
-            lock.keep_trainers_out()
-            return {}
-
-        if self._store is None:
-            self._ranks.decided_by_first(alone)
-            node_disks.check_shared_folder(self._ranks, self._folder)
-        return lock
+        keeps_disk = self._held.keeps_disk
+        self._writer = Writer(self._folder, ranks, attempt, writer_group, keeps_disk, self._committed_here)
 
     # ---- finding ----
 
@@ -280,7 +261,7 @@ class Keeper:
         self._writer.close()
         if self._uploads:
             self._uploads.close()
-        self._lock.release()
+        self._held.release()
 
     def abandon(self, timeout_s: float = ABANDON_S) -> None:
         """For a rank that can't go on, while others may: give what is saved this long to be written and uploaded."""
@@ -295,7 +276,7 @@ class Keeper:
             )
         if self._uploads:
             self._uploads.abandon()
-        self._lock.release()
+        self._held.release()
 
     def __enter__(self) -> Keeper:
         return self

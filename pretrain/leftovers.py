@@ -10,13 +10,16 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain import log
 from pretrain.catalog import Catalog, folder_bytes
-from pretrain.checkpoint import remove_folder
+from pretrain.checkpoint import REPLACED_SUFFIX, SAVING_SUFFIX, remove_folder
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
 from pretrain.errors import StorageError
 from pretrain.files import PART_SUFFIX
 from pretrain.storage import ObjectInfo, ObjectStore
 from pretrain.uploads import PROBE_PREFIX, list_commits
+
+logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,17 @@ def find_leftovers(catalog: Catalog, run: str = "") -> list[Leftover]:
     return found
 
 
+def sweep(folder: Path) -> None:
+    """Remove a run's leftovers of this disk, while nothing else uses its folder. Raises StorageError."""
+    for leftover in _local_leftovers(folder, folder.name):
+        logger.info("%s (%.1f MB) is removed: %s", leftover.path, leftover.bytes / 1e6, leftover.why)
+        _remove_here(Path(leftover.path))
+
+
 def _local_leftovers(folder: Path, run: str) -> list[Leftover]:
     found = []
-    for path in sorted(folder.glob("checkpoint-*")):
-        if CheckpointName.parse(path.name) and path.is_dir() and not (path / MANIFEST_FILE).exists():
-            why = "a save that was not finished: no manifest"
+    for path in sorted(folder.glob("*")):
+        if path.is_dir() and (why := _why_unfinished(path)):
             found.append(Leftover(run, "local", str(path), why, folder_bytes(path), _newest(path)))
     inside = {Path(leftover.path) for leftover in found}
     for path in sorted(folder.rglob(f".*{PART_SUFFIX}")):
@@ -76,6 +85,20 @@ def _local_leftovers(folder: Path, run: str) -> list[Leftover]:
                 Leftover(run, "local", str(path), "a file that was not finished", status.st_size, status.st_mtime)
             )
     return found
+
+
+def _why_unfinished(path: Path) -> str:
+    """Why a folder is no checkpoint and will be none, or ''."""
+    name = path.name
+    for suffix in (SAVING_SUFFIX, REPLACED_SUFFIX):
+        if name.startswith(".") and name.endswith(suffix):
+            name = name[1:].removesuffix(suffix)
+    if not CheckpointName.parse(name):
+        return ""
+    if not (path / MANIFEST_FILE).exists():
+        return "a save that was not finished: no manifest"
+    has_successor = path.name.endswith(REPLACED_SUFFIX) and (path.with_name(name) / MANIFEST_FILE).exists()
+    return "another save has taken its name" if has_successor else ""
 
 
 def _newest(folder: Path) -> float:
@@ -114,8 +137,14 @@ def remove_leftover(leftover: Leftover, catalog: Catalog) -> bool:
     if leftover.place == "bucket":
         return catalog.store is not None and _remove_objects(leftover, catalog.store)
     path = Path(leftover.path)
-    if (path / MANIFEST_FILE).exists():
+    if path.is_dir() and not _why_unfinished(path):
         return False
+    _remove_here(path)
+    return True
+
+
+def _remove_here(path: Path) -> None:
+    """Raises StorageError."""
     try:
         if path.is_dir():
             remove_folder(path)
@@ -123,7 +152,6 @@ def remove_leftover(leftover: Leftover, catalog: Catalog) -> bool:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"{path} can't be removed: {error.strerror}", f"Look at it: ls -ld {path.parent}") from error
-    return True
 
 
 def _remove_objects(leftover: Leftover, store: ObjectStore) -> bool:

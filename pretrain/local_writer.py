@@ -18,8 +18,9 @@ from pretrain import log
 from pretrain.checkpoint import (
     INDEX_FILE,
     empty_folder,
+    put_in_place,
     remove_folder,
-    retract_manifest,
+    saving_folder,
     write_documents,
     write_manifest,
     write_parts,
@@ -51,6 +52,7 @@ class Writer:
         folder: local folder of the run.
         attempt: id under which commits are written, the same on every rank; changed only while nothing is written.
         group: gloo group that belongs to this thread.
+        keeps_disk: whether this rank makes and names the folders on its node's disk, see RunFolder.
         on_commit: called on this thread, on every rank, with the manifest and the files that this rank wrote.
     """
 
@@ -60,9 +62,11 @@ class Writer:
         ranks: Ranks,
         attempt: str,
         group: dist.ProcessGroup,
+        keeps_disk: bool,
         on_commit: Callable[[Manifest, tuple[str, ...]], None],
     ) -> None:
         self._folder = folder
+        self._keeps_disk = keeps_disk
         self._ranks = ranks
         self.attempt = attempt
         self._group = group
@@ -136,29 +140,27 @@ class Writer:
                     self._changed.notify_all()
 
     def _commit(self, job: SaveJob) -> None:
-        """Write this rank's files; when all ranks have, each node commits."""
+        """Write this rank's files; when all ranks have, each node vouches for its part; when all do, each commits."""
         folder = self._folder / str(job.name)
+        saving = saving_folder(folder)
         with self._folders:
             try:
-                self.together(lambda: self._make_way(folder))
-                answers = self.together(lambda: self._write(job, folder))
+                self.together(lambda: self._make_way(saving))
+                answers = self.together(lambda: self._write(job, saving))
                 files = {name: FileEntry(**entry) for answer in answers for name, entry in answer.items()}
                 manifest = Manifest(job.name, self.attempt, job.sequence, files)
-                self.together(lambda: self._commit_on_this_node(manifest, folder))
+                self.together(lambda: self._on_each_disk(lambda: write_manifest(manifest, saving)))
             except StorageError:
-                if self._ranks.local_rank == 0:
-                    self._remove(folder)  # half a checkpoint only takes room
+                if self._keeps_disk:
+                    self._remove(saving)  # half a checkpoint only takes room
                 raise
+            self.together(lambda: self._on_each_disk(lambda: put_in_place(folder)))
         failpoint("checkpoint.after_manifest")
         self._on_commit(manifest, tuple(answers[self._ranks.rank]))
 
     def _make_way(self, folder: Path) -> dict[str, Any]:
         failpoint("snapshot.after_copy")
-        if self._ranks.is_first:
-            empty_folder(folder)
-        elif self._ranks.local_rank == 0:  # this node's disk may be the first one's, so nothing more is removed
-            retract_manifest(folder)
-        return {}
+        return self._on_each_disk(lambda: empty_folder(folder))
 
     def _write(self, job: SaveJob, folder: Path) -> dict[str, Any]:
         failpoint("checkpoint.before_write")
@@ -168,9 +170,9 @@ class Writer:
         failpoint("checkpoint.after_write")
         return {name: asdict(entry) for name, entry in entries.items()}
 
-    def _commit_on_this_node(self, manifest: Manifest, folder: Path) -> dict[str, Any]:
-        if self._ranks.local_rank == 0:  # a node that holds a part of the files prunes by the manifest, too
-            write_manifest(manifest, folder)
+    def _on_each_disk(self, action: Callable[[], None]) -> dict[str, Any]:
+        if self._keeps_disk:  # a node that holds a part of the files prunes by the manifest, too
+            action()
         return {}
 
     def together(self, action: Callable[[], dict[str, Any]]) -> list[dict[str, Any]]:

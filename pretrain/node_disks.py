@@ -147,37 +147,31 @@ def check_every_node_writes(ranks: Ranks, store: ObjectStore, run_name: str, att
                 created = True
         with ranks.together():
             if speaks and isinstance(store, LocalStore) and store.stat(first) is None:  # a bucket is one for all
-                raise _not_shared(f"the checkpoints' folder {store.url}", "gs://bucket/prefix")
+                raise not_shared(f"the checkpoints' folder {store.url}", "gs://bucket/prefix")
     finally:
         with ranks.together():
             if created:
                 store.delete(own)
 
 
-def check_shared_folder(ranks: Ranks, folder: Path) -> None:
-    """Without a bucket, have every node find what rank 0 writes: or no node would ever hold a whole checkpoint.
-
-    Every rank must call it.
-
-    Raises:
-        ConfigError: a node has a disk of its own there; on every rank.
-    """
+def finds_what_first_writes(ranks: Ranks, folder: Path) -> bool:
+    """Whether this rank's folder is the one that rank 0 has under that name. Every rank must call it."""
     if ranks.local_world_size == ranks.world_size:
-        return
+        return True
     probe = folder / f".probe-{ranks.from_first({'id': secrets.token_hex(6)})['id']}"
     with ranks.together():
         if ranks.is_first:
             probe.touch()
     try:
         with ranks.together():
-            if ranks.local_rank == 0 and not probe.exists():
-                raise _not_shared(f"--checkpoint.dir {folder.parent}", "CHECKPOINTS=gs://bucket/prefix")
+            return probe.exists()
     finally:
         if ranks.is_first:
             probe.unlink(missing_ok=True)
 
 
-def _not_shared(place: str, mend: str) -> ConfigError:
+def not_shared(place: str, mend: str) -> ConfigError:
+    """The error for a place that is to hold whole checkpoints and is another one on each node."""
     what = f"{place} is not one folder for all nodes, so no checkpoint would be whole anywhere"
     return ConfigError(what, f"Give {mend}, or a folder on a disk that all nodes share.")
 

@@ -52,8 +52,11 @@ class RunLock:
 
 
 @contextlib.contextmanager
-def sole_use(folder: Path) -> Iterator[None]:
+def sole_use(folder: Path) -> Iterator[bool]:
     """Keep trainers of this machine off a run's folder while the block runs; the folder is made where it is missing.
+
+    Yields:
+        whether that is so: False where the file system has no locks.
 
     Raises:
         CheckpointError: a trainer is using the run.
@@ -61,7 +64,7 @@ def sole_use(folder: Path) -> Iterator[None]:
     """
     descriptor = _lock(folder, fcntl.LOCK_EX, "a trainer (or another tool)")
     try:
-        yield
+        yield descriptor >= 0
     finally:
         if descriptor >= 0:
             os.close(descriptor)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain import log
 from pretrain.catalog import folder_bytes
+from pretrain.checkpoint import SAVING_SUFFIX
 from pretrain.checkpoint_manifest import MANIFEST_FILE
 from pretrain.config import CheckpointConfig, LogConfig, StorageConfig
 from pretrain.doctor import Finding, attempt, fail, ok, skip, warn
@@ -94,10 +95,10 @@ def checkpoint_disk(checkpoint: CheckpointConfig, run: str, checkpoint_bytes: in
 
 
 def _held_bytes(folder: Path) -> tuple[int, int]:
-    """Bytes of the checkpoints in a run's folder, and of saves that were not finished: the next of their name replaces
-    them. Raises StorageError."""
+    """Bytes of the checkpoints in a run's folder, and of saves that were not finished: the next start removes them.
+    Raises StorageError."""
     held = unfinished = 0
-    for path in folder.glob("checkpoint-*"):
+    for path in (*folder.glob("checkpoint-*"), *folder.glob(f".checkpoint-*{SAVING_SUFFIX}")):
         if (path / MANIFEST_FILE).exists():
             held += folder_bytes(path)
         else:

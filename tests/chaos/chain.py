@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pretrain.checkpoint_manifest import Manifest
+from pretrain.checkpoint import SAVING_SUFFIX, read_manifest
+from pretrain.checkpoint_manifest import MANIFEST_FILE, Manifest
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.uploads import list_commits
 from tests.chaos.score import Score
@@ -116,9 +117,13 @@ class Chain:
     # ---- what there is to go on from ----
 
     def newest_step(self) -> int:
-        """Step of the newest commit, here or in the bucket; 0 where there is none."""
-        inventory = take_inventory(self.folder / "checkpoints" / RUN, store_of(self.url) if self.url else None, RUN)
-        return max(((m.sequence, m.name.step) for m, _ in inventory.newest_first()), default=(0, 0))[1]
+        """Step of the newest commit, here or in the bucket, or of a save that is whole and has not its name yet, which
+        the next start gives it; 0 where there is none."""
+        folder = self.folder / "checkpoints" / RUN
+        inventory = take_inventory(folder, store_of(self.url) if self.url else None, RUN)
+        saved = [read_manifest(path.parent) for path in folder.glob(f".*{SAVING_SUFFIX}/{MANIFEST_FILE}")]
+        found = [*saved, *(manifest for manifest, _ in inventory.newest_first())]
+        return max(((manifest.sequence, manifest.name.step) for manifest in found), default=(0, 0))[1]
 
     @property
     def step(self) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from pretrain.batches import Batches
+from pretrain.checkpoint import damaged_files
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.shards import Shard
 from pretrain.uploads import list_commits
@@ -224,14 +225,37 @@ def test_a_kill_around_a_roll_back_changes_nothing(tmp_path, moment):
     assert trainer_state(killed)["divergence"] == trainer_state(alone)["divergence"]
 
 
+AGAIN = (*OPTIONS, "--train.max_skipped", "1", "--max-steps", "10", "--checkpoint.every_steps", "2")
+POISON_7_AND_8 = "loss.poison:25-32:poison"  # four a step
+
+
+def make_one_shard(folder: Path) -> None:
+    """Windows of one shard only, so that epoch and files don't tell the branches apart."""
+    make_shards(folder / "shards", n_shards=1, tokens_each=16_000)
+
+
+@pytest.mark.slow  # test_keeper.py holds it without a process
+@pytest.mark.parametrize("point", ["checkpoint.before_write", "checkpoint.after_write", "checkpoint.before_rename"])
+def test_a_kill_while_a_save_takes_the_name_of_the_checkpoint_gone_back_to_loses_neither(tmp_path, point):
+    make_one_shard(tmp_path)
+    kill = f"{POISON_7_AND_8},{point}:4:kill"  # after steps 2, 4 and 6 the one of step 4, again
+    with TrainingProcess(tmp_path, *AGAIN, "--no-background-upload", environment=poisoned(kill)) as training:
+        training.process.wait(120)
+    assert training.process.returncode == -9, training.output
+    ended = train(tmp_path, *AGAIN, "--max-steps", "6")  # only what was whole is there, and nothing is saved yet
+    assert ended.code == 0, ended.output
+    path = tmp_path / "checkpoints" / RUN
+    found = {manifest.name.step: manifest for manifest in take_inventory(path, None, RUN).local.values()}
+    assert 4 in found and not any(damaged_files(each, path / str(each.name)) for each in found.values())
+    assert found[4].sequence == (4 if point == "checkpoint.before_rename" else 2)
+    assert not [each for each in path.iterdir() if each.name.startswith(".checkpoint")]
+    ended = train(tmp_path, *AGAIN)
+    assert ended.code == 0 and list(losses(tmp_path)) == list(range(1, 11)), ended.output
+
+
 def test_names_that_come_again_take_the_place_of_the_earlier_ones_in_the_bucket(tmp_path, bucket_url):
-    make_data(tmp_path)
-    options = (*OPTIONS, "--train.max_skipped", "1", "--max-steps", "10", "--checkpoint.every_steps", "2")
-    # Windows of one shard only, so that epoch and files don't tell the branches apart; four a step: steps 7 and 8.
-    make_shards(tmp_path / "shards", n_shards=1, tokens_each=16_000)
-    for path in sorted((tmp_path / "shards").iterdir())[1:]:
-        path.unlink()
-    ended = train(tmp_path, *options, "--checkpoints", bucket_url, environment=poisoned("loss.poison:25-32:poison"))
+    make_one_shard(tmp_path)
+    ended = train(tmp_path, *AGAIN, "--checkpoints", bucket_url, environment=poisoned(POISON_7_AND_8))
     assert ended.code == 0, ended.output
     (rolled_back,) = events(tmp_path, "rolled_back")
     assert (rolled_back["from_step"], rolled_back["to_step"]) == (8, 4)

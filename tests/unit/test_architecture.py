@@ -52,7 +52,10 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "model": ({"compiler", "decompositions", "document_mask", "fp8", "kernels", "kv_cache"}, {"base", "ranks"}),
-    "storage": ({"storage", "gcs", "fsspec_store", "retry", "credentials", "embedded", "files"}, {"base"}),
+    "storage": (
+        {"storage", "gcs", "gcs_transfers", "fsspec_store", "retry", "credentials", "embedded", "files"},
+        {"base"},
+    ),
     "data": (
         {
             "manifest",
@@ -88,6 +91,7 @@ AREAS: dict[str, tuple[set[str], set[str]]] = {
             "leftovers",
             "node_disks",
             "local_writer",
+            "run_folder",
             "run_lock",
             "shipping",
             "snapshot",

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from pretrain import checkpoint, keeper, local_writer, upload_queue
-from pretrain.checkpoint import damaged_files, read_manifest
+from pretrain.checkpoint import CheckpointReader, damaged_files, read_manifest
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
 from pretrain.config import CheckpointConfig, StorageConfig
 from pretrain.errors import CheckpointError, ShardError, StorageError
 from pretrain.failpoints import arm
 from pretrain.keeper import Keeper
-from pretrain.run_lock import sole_use
+from pretrain.run_lock import TRAINER_FILE, sole_use
 from pretrain.storage import LocalStore
 from tests.helpers_training import (
     FaultyStore,
@@ -559,6 +559,40 @@ def test_a_disk_that_fails_at_any_point_is_told_or_outlasted(runs, monkeypatch, 
     assert runs.bucket_steps() == bucket
     newest = runs.start(resume="auto").resume()
     assert newest.manifest.name.step >= max(bucket)
+
+
+@pytest.mark.parametrize(
+    ("point", "found"),
+    [("checkpoint.before_write", 5), ("checkpoint.after_write", 5), ("checkpoint.before_rename", 50)],
+)
+@pytest.mark.parametrize("others", [(), (8,)], ids=["the only one", "beside one that it went back from"])
+def test_a_save_that_takes_a_checkpoints_name_never_leaves_the_run_without_it(runs, monkeypatch, point, found, others):
+    first = runs.start(url="")
+    for step in (5, *others):
+        save(first, step)
+    first.close()
+    again = runs.start(url="", resume="auto")
+    monkeypatch.setenv("PRETRAIN_FAILPOINT", f"{point}:1:raise")
+    arm(0)
+    try:
+        with monkeypatch.context() as kill:
+            kill.setattr(local_writer, "remove_folder", lambda folder: None)  # a killed process clears nothing away
+            again.save(CheckpointName(0, 5, 5), SavedEngine(50), DOCUMENTS)
+            again.close()
+    finally:
+        monkeypatch.delenv("PRETRAIN_FAILPOINT")
+        arm(0)
+    assert len(list(runs.folder.iterdir())) > 2 + len(others)  # with .trainer.lock
+    last = runs.start(url="", resume="auto")
+    assert runs.local_steps() == [5, *others]
+    folder = runs.folder / "checkpoint-epoch0-step5-files5"
+    reader = CheckpointReader(folder, read_manifest(folder))
+    expected = dict(states_of(found))
+    assert differing(expected, {name: reader.parameter_state(name) for name in expected}) == []
+    assert last.resume().manifest.name.step == (5 if found == 50 or not others else 8)
+    names = {f"checkpoint-epoch0-step{step}-files{step}" for step in (5, *others)}
+    assert {path.name for path in runs.folder.iterdir()} == {TRAINER_FILE, *names}
+    last.close()
 
 
 TWO_RANKS = """

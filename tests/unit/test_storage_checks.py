@@ -98,7 +98,8 @@ def test_room_for_checkpoints(tmp_path, monkeypatch, room, status):
 def test_the_runs_own_checkpoints_are_part_of_the_room(tmp_path, monkeypatch, room, committed, unfinished, status):
     monkeypatch.setattr(storage_checks, "folder_bytes", lambda folder: 10**9)
     for step in range(committed + unfinished):
-        folder = tmp_path / "run" / f"checkpoint-epoch0-step{step}-files0"
+        name = f"checkpoint-epoch0-step{step}-files0"
+        folder = tmp_path / "run" / (name if step < committed else f".{name}.saving")
         folder.mkdir(parents=True)
         if step < committed:
             (folder / "manifest.json").write_text("{}")
