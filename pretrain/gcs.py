@@ -16,14 +16,16 @@ from google.cloud.storage.exceptions import InvalidResponse
 from pretrain.config import StorageConfig
 from pretrain.credentials import LOG_IN, connect
 from pretrain.errors import StorageError
-from pretrain.files import BLOCK_BYTES, CheckedWriter, crc32c_of_bytes, crc32c_of_file, disk_problem, new_file
+from pretrain.files import crc32c_of_bytes, crc32c_of_file, disk_problem, new_file
+from pretrain.gcs_transfers import Download, SessionLostError, UploadSession
 from pretrain.retry import CorruptTransferError, GaveUpError, Retry, cause_of, status_of
 from pretrain.storage import Listing, ObjectInfo, ObjectMissing, checked_name, exists, too_big
 
 T = TypeVar("T")
 
-# Of a resumable upload, which the client takes above 8 MiB; a multiple of 256 KiB by the API's rule. Bigger chunks cost
-# memory and, without TLS, must be sent within timeout_s; smaller ones wait more often for an answer.
+MULTIPART_BYTES = 8 << 20  # up to here an object is one request
+# Of a resumable upload; a multiple of 256 KiB by the API's rule. Bigger chunks cost memory and, without TLS, must be
+# sent within timeout_s; smaller ones wait more often for an answer.
 CHUNK_BYTES = 32 << 20
 _LIST_FIELDS = "items(name,size,crc32c,generation,timeCreated),nextPageToken"
 
@@ -53,8 +55,9 @@ _REMOTE_ERRORS = (
 class GcsStore:
     """gs://bucket/prefix. Safe to share between threads: the client's session keeps ten connections open.
 
-    Every request goes through one `Retry`; the client's own is switched off. What a repetition could clobber carries a
-    generation precondition, so that a reply which was lost is found out (412) and the object read back.
+    Every request goes through one `Retry`; the client's own is switched off. A large transfer goes on where it broke
+    off (gcs_transfers.py); what arrived damaged begins again. What a repetition could clobber carries a generation
+    precondition, so that a reply which was lost is found out (412) and the object read back.
     """
 
     def __init__(self, bucket: str, prefix: str, config: StorageConfig, retry: Retry | None = None) -> None:
@@ -94,14 +97,14 @@ class GcsStore:
         if info.size > max_bytes:
             raise too_big(self._where(name), info.size, max_bytes)
         buffer = io.BytesIO()
-        self._call("read", name, lambda: self._fetch(info, buffer, None))
+        self._receive("read", info, buffer, None)
         return buffer.getvalue()
 
     def download(self, name: str, path: Path, on_bytes: Callable[[int], None] | None = None) -> ObjectInfo:
         """See ObjectStore."""
         info = self._stat("download", name)
         with new_file(path) as file:
-            self._call("download", name, lambda: self._fetch(info, file, on_bytes))
+            self._receive("download", info, file, on_bytes)
         return info
 
     def upload(self, path: Path, name: str) -> ObjectInfo:
@@ -171,46 +174,65 @@ class GcsStore:
             return self._stat("stat", wanted.name), False
 
     def _send(self, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int) -> ObjectInfo:
-        """One try to write the object; the server is told the checksum, and refuses what doesn't match it."""
+        """Write the object from its start; the server is told the checksum, and refuses what doesn't match it."""
         blob = self._blob(wanted.name)
-        blob.chunk_size = CHUNK_BYTES
         blob.crc32c = wanted.crc32c
+        # checksum=None: the client's own check would delete the object whatever its generation is by then.
+        options = {"size": wanted.size, "if_generation_match": generation, "checksum": None, **self._request}
         try:
             with source() as file:
-                # checksum=None: the client's own check would delete the object whatever its generation is by then.
-                blob.upload_from_file(
-                    file, size=wanted.size, if_generation_match=generation, checksum=None, **self._request
-                )
+                if wanted.size <= MULTIPART_BYTES:
+                    blob.upload_from_file(file, **options)
+                    info = self._info(blob)
+                else:
+                    info = self._send_in_chunks(blob.create_resumable_upload_session(**options), file, wanted)
+        except SessionLostError as error:
+            raise CorruptTransferError(str(error)) from error
         except PreconditionFailed as error:
             raise _TakenError from error
         except BadRequest as error:
             if "crc32c" in str(error).lower():
                 raise CorruptTransferError(f"the server refused a damaged upload: {cause_of(error)}") from error
             raise
-        info = self._info(blob)
         if (info.size, info.crc32c) != (wanted.size, wanted.crc32c):
             blob.delete(if_generation_match=info.generation, **self._request)
             raise _ArrivedDamagedError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
         return info
 
-    def _fetch(self, info: ObjectInfo, file: IO[bytes], on_bytes: Callable[[int], None] | None) -> None:
-        """One try to write the object's content to `file`, from its start."""
-        file.seek(0)
-        file.truncate()
-        writer = CheckedWriter(file, on_bytes)
-        blob = self._bucket.blob(self._root + info.name, generation=info.generation or None)
-        try:
-            # The client writes 8 KiB at a time: the buffer makes one call of many. raw: the bytes as they are stored.
-            with io.BufferedWriter(writer, BLOCK_BYTES) as buffer:
-                blob.download_to_file(buffer, raw_download=True, checksum=None, **self._request)
-            if writer.size != info.size or (info.crc32c and writer.crc32c != info.crc32c):
-                raise CorruptTransferError(
-                    f"{writer.size} bytes with crc32c {writer.crc32c} came, stored are {info.size} with {info.crc32c}"
-                )
-        except BaseException:
-            if on_bytes:
-                on_bytes(-writer.size)
-            raise
+    def _send_in_chunks(self, url: str, file: IO[bytes], wanted: ObjectInfo) -> ObjectInfo:
+        """Send the file's content to a resumable upload, each chunk with the whole patience of the retry."""
+        session = UploadSession(
+            self._access.client._http, url, file, wanted.size, CHUNK_BYTES, self._request["timeout"]
+        )
+        while not (made := self._retry(f"upload {self._where(wanted.name)}", session.advance)):
+            pass
+        size, generation = int(made.get("size", 0)), int(made.get("generation", 0))
+        return ObjectInfo(wanted.name, size, str(made.get("crc32c", "")), generation)
+
+    def _receive(self, action: str, info: ObjectInfo, file: IO[bytes], on_bytes: Callable[[int], None] | None) -> None:
+        """Write the object's content to `file`, from its start again only where what came was damaged."""
+        what = f"{action} {self._where(info.name)}"
+        blob = self._bucket.blob(self._root + info.name, generation=info.generation or None)  # that one, or a 404
+
+        def fetch(target: IO[bytes], start: int) -> None:  # raw: the bytes as they are stored
+            blob.download_to_file(target, start=start or None, raw_download=True, checksum=None, **self._request)
+
+        def once() -> None:
+            download = Download(file, info.size, on_bytes)
+            came = download.written
+            try:
+                while not self._retry(what, lambda: download.advance(fetch, what)):
+                    pass
+                if came.size != info.size or (info.crc32c and came.crc32c != info.crc32c):
+                    raise CorruptTransferError(
+                        f"{came.size} bytes with crc32c {came.crc32c} came, stored are {info.size} with {info.crc32c}"
+                    )
+            except BaseException:
+                if on_bytes:
+                    on_bytes(-came.size)
+                raise
+
+        self._call(action, info.name, once)
 
     def _stat(self, action: str, name: str) -> ObjectInfo:
         """Raises ObjectMissing."""

@@ -98,7 +98,8 @@ def _words_of(error: GoogleAPICallError) -> str:
 class Retry:
     """Full-jitter exponential backoff within a budget of seconds, which the first failure starts.
 
-    A transfer that went well for an hour before its connection broke still has its whole budget.
+    A transfer that went well for an hour before its connection broke still has its whole budget; and has it anew after
+    each of its steps, see gcs_transfers.py.
 
     Args:
         config: `deadline_s` and `max_backoff_s`.

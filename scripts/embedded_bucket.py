@@ -69,7 +69,7 @@ class BucketStorage(Storage):
         return None if total_size is None or received < total_size else path.read_bytes()
 
     def forget_uploads(self) -> None:
-        """Drops uploads that were broken off: our client starts again instead of resuming them."""
+        """Drops uploads that were broken off: our client starts again where the server has lost one."""
         self.resumable.clear()
         shutil.rmtree(self._store._disk_path(RESUMABLE_DIR), ignore_errors=True)
 

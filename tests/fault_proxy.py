@@ -15,6 +15,9 @@ Faults:
     "lost-reply"        the backend does it, and the connection is reset instead of the answer
     "corrupt"           one bit in the middle of the body is flipped: of the request's (POST, PUT), else the answer's
 
+"How much of this upload has arrived?" is answered here, but for `asks_backend=True`: fake-gcs-server takes the question
+for the upload's end and makes an object of what it has.
+
 Bodies are streamed both ways; keep-alive, chunked bodies and resumable sessions work. Urls of the backend in answers
 (Location, selfLink, mediaLink) are rewritten to the proxy's.
 """
@@ -69,8 +72,11 @@ class _Plan:
 class FaultProxy:
     """See the module. Safe to use from several threads."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, asks_backend: bool = False) -> None:
         self.backend = backend
+        self.asks_backend = asks_backend
+        self.uploads: dict[str, tuple[int, str, bytes]] = {}  # by id: status, Range and body of the last answer
+        self.bytes_sent = self.bytes_got = 0  # by clients, in bodies
         self.requests: list[str] = []  # "METHOD /path?query", in the order of their arrival
         self.broken: list[str] = []  # those of them that met a fault
         self._plans: list[_Plan] = []
@@ -110,11 +116,18 @@ class FaultProxy:
             self._plans.clear()
             self.requests.clear()
             self.broken.clear()
+            self.bytes_sent = self.bytes_got = 0
 
     def count(self, match: str = "") -> int:
         """Requests that arrived and hold `match`."""
         with self._lock:
             return sum(bool(re.search(match, request)) for request in self.requests)
+
+    def moved(self, sent: int = 0, got: int = 0) -> None:
+        """Counts bytes."""
+        with self._lock:
+            self.bytes_sent += sent
+            self.bytes_got += got
 
     def pending(self) -> int:
         """Faults that are still to come: 0 shows that every planned one was met."""
@@ -160,6 +173,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._stall()
         elif fault.isdigit():
             self._refuse(int(fault))
+        elif self._asks_for_progress() and not self.server.proxy.asks_backend:
+            self._tell_progress()
         else:
             self._forward(fault)
 
@@ -190,6 +205,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _upload_id(self) -> str:
+        found = re.search(r"[?&]upload_id=([^&]+)", self.path)
+        return found[1] if found and self.command == "PUT" else ""
+
+    def _asks_for_progress(self) -> bool:
+        return bool(self._upload_id()) and self.headers.get("Content-Range", "").startswith("bytes */")
+
+    def _tell_progress(self) -> None:
+        status, last, body = self.server.proxy.uploads.get(self._upload_id(), (308, "", b""))
+        self.send_response(status)
+        if last:
+            self.send_header("Range", last)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
     def _forward(self, fault: str) -> None:
         writes = self.command in ("POST", "PUT")
         backend = http.client.HTTPConnection(urlsplit(self.server.proxy.backend).netloc, timeout=120)
@@ -201,11 +233,15 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._request_body(corrupt=fault == "corrupt" and writes)
             backend.request(self.command, self.path, body, headers, encode_chunked=chunked)
             answer = backend.getresponse()
+            text = None
+            if upload := self._upload_id():
+                text = answer.read()
+                self.server.proxy.uploads[upload] = (answer.status, answer.headers.get("Range", ""), text)
             if fault == "lost-reply":
                 answer.read()
                 self._reset()
             else:
-                self._answer(answer, fault == "corrupt" and not writes, fault in ("truncate", "stall-midway"))
+                self._answer(answer, text, fault == "corrupt" and not writes, fault in ("truncate", "stall-midway"))
                 if fault == "stall-midway":
                     self._stall()
                 elif fault == "truncate":
@@ -215,6 +251,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self.headers.get("Content-Length", "")
 
     def _request_body(self, corrupt: bool) -> Iterator[bytes]:
+        for block in self._sent_by_client(corrupt):
+            self.server.proxy.moved(sent=len(block))
+            yield block
+
+    def _sent_by_client(self, corrupt: bool) -> Iterator[bytes]:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
             while n_bytes := int(self.rfile.readline().split(b";")[0], 16):
                 yield self.rfile.read(n_bytes)
@@ -224,11 +265,14 @@ class _Handler(BaseHTTPRequestHandler):
         total = int(self._length() or 0)
         yield from _flipped(_blocks(self.rfile, total), total // 2 if corrupt else -1)
 
-    def _answer(self, answer: http.client.HTTPResponse, corrupt: bool, truncate: bool) -> None:
+    def _answer(self, answer: http.client.HTTPResponse, text: bytes | None, corrupt: bool, truncate: bool) -> None:
         is_json = "json" in answer.headers.get("Content-Type", "") and "alt=media" not in self.path
         blocks, total = iter([b""]), answer.length
         if is_json and self.command != "HEAD":
-            text = answer.read().replace(self.server.proxy.backend.encode(), self.server.proxy.endpoint.encode())
+            text = answer.read() if text is None else text
+            text = text.replace(self.server.proxy.backend.encode(), self.server.proxy.endpoint.encode())
+            blocks, total = iter([text]), len(text)
+        elif text is not None:
             blocks, total = iter([text]), len(text)
         elif total is not None:
             blocks = _blocks(answer, total)
@@ -244,7 +288,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         sent, allowed = 0, (total or 0) // 2 if truncate else None
         for block in _flipped(blocks, (total or 0) // 2 if corrupt else -1):
-            self.wfile.write(block if allowed is None else block[: max(allowed - sent, 0)])
+            part = block if allowed is None else block[: max(allowed - sent, 0)]
+            self.wfile.write(part)
+            self.server.proxy.moved(got=len(part))
             sent += len(block)
         self.wfile.flush()
 

@@ -14,6 +14,7 @@ import requests
 from pretrain import gcs as gcs_module
 from pretrain.config import StorageConfig
 from pretrain.errors import StorageError
+from pretrain.retry import Retry
 from pretrain.storage import ObjectExists, ObjectStore, open_store
 from tests.emulators import Emulator, embedded_bucket
 from tests.fault_proxy import FaultProxy
@@ -188,15 +189,70 @@ def test_another_content_behind_a_lost_reply_is_found_out(store: ObjectStore, fa
 def test_a_download_never_mixes_two_generations(store: ObjectStore, fault_proxy: FaultProxy, tmp_path: Path) -> None:
     store.create("x", SMALL)
     fault_proxy.inject("truncate", DOWNLOAD)
+    replaced: list[int] = []
 
     def replace_once(n_bytes: int) -> None:
-        if n_bytes < 0:  # the first try was taken back
+        if not replaced:  # what the first try has brought stays, and the rest of it must not be another's
+            replaced.append(n_bytes)
             store.delete("x")
             store.create("x", SMALL[::-1])
 
     with pytest.raises(StorageError, match="there is no object"):
         store.download("x", tmp_path / "x", replace_once)
     assert files_in(tmp_path) == []
+
+
+def as_slow(store: ObjectStore) -> ObjectStore:
+    """The same, whose pauses take two thirds of the deadline: a second failure in one budget gives up."""
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += CONFIG.deadline_s * 2 / 3
+
+    store._retry = Retry(CONFIG, clock=lambda: clock[0], sleep=sleep)  # type: ignore[attr-defined]
+    return store
+
+
+@pytest.mark.parametrize(
+    ("fault", "between", "sent_again"),
+    [("503", 3, 1), ("lost-reply", 2, 0)],  # what has arrived is not sent again, though nobody said so
+)
+def test_a_large_upload_whose_every_second_chunk_fails_sends_no_others_again(
+    fault: str,
+    between: int,
+    sent_again: int,
+    store: ObjectStore,
+    fault_proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    chunk = 1 << 20
+    monkeypatch.setattr(gcs_module, "CHUNK_BYTES", chunk)
+    path = tmp_path / "file"
+    path.write_bytes(BIG)
+    for number in range(4):
+        fault_proxy.inject(fault, CHUNK, skip=1 + between * number)  # the question what has arrived passes, too
+    assert as_slow(store).upload(path, "file").size == len(BIG)
+    assert fault_proxy.pending() == 0 and fault_proxy.count(UPLOAD) == 1
+    sent = len(BIG) + 4 * chunk * sent_again
+    assert sent <= fault_proxy.bytes_sent < sent + 10_000
+    assert store.read_bytes("file") == BIG
+
+
+def test_a_large_download_that_breaks_off_again_and_again_fetches_each_byte_once(
+    store: ObjectStore, fault_proxy: FaultProxy, tmp_path: Path
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(BIG)
+    store.upload(path, "file")
+    fault_proxy.clear()
+    fault_proxy.inject("truncate", DOWNLOAD, times=3)  # each in the middle of what was still to come
+    arrived: list[int] = []
+    as_slow(store).download("file", tmp_path / "copy", arrived.append)
+    assert (tmp_path / "copy").read_bytes() == BIG
+    assert fault_proxy.pending() == 0 and fault_proxy.count(DOWNLOAD) == 4
+    assert min(arrived) > 0 and sum(arrived) == len(BIG)
+    assert len(BIG) <= fault_proxy.bytes_got < len(BIG) + 10_000
 
 
 def test_a_gzipped_object_is_refused_with_the_mend(store: ObjectStore, tmp_path: Path) -> None:
@@ -222,20 +278,22 @@ def test_the_embedded_bucket_survives_the_same(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(gcs_module, "CHUNK_BYTES", 4 << 20)
     path = tmp_path / "file"
     path.write_bytes(BIG)
-    with embedded_bucket(tmp_path / "root") as emulator, FaultProxy(emulator.endpoint) as proxy:
+    with embedded_bucket(tmp_path / "root") as emulator, FaultProxy(emulator.endpoint, asks_backend=True) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.endpoint)
         store = open_store("gs://demo/prefix", CONFIG)
         for fault in ("503", "reset", "truncate", "lost-reply", "corrupt"):
-            proxy.inject(fault, CHUNK, skip=1)
-            store.upload(path, f"{fault}-big")
+            for skip in (0, 1):  # where nothing has arrived yet, and where something has
+                proxy.inject(fault, CHUNK, skip=skip)
+                store.upload(path, f"{fault}-big{skip}")
+                assert proxy.pending() == 0
             proxy.inject(fault, UPLOAD)
             store.create(f"{fault}-small", SMALL)
             proxy.inject(fault, DOWNLOAD)
-            store.download(f"{fault}-big", tmp_path / "copy")
+            store.download(f"{fault}-big0", tmp_path / "copy")
             assert (tmp_path / "copy").read_bytes() == BIG
             assert store.read_bytes(f"{fault}-small") == SMALL
             assert proxy.pending() == 0
-        assert len(store.list()) == 10
+        assert len(store.list()) == 15
 
 
 def test_the_proxy_passes_chunked_bodies_and_keeps_connections(gcs: Emulator, fault_proxy: FaultProxy) -> None:
