@@ -177,12 +177,12 @@ class UploadQueue:
         """Rank 0: the next job of this round, or what somebody else has done meanwhile."""
         job = self._round.next(everywhere, untried)
         conflict = ""
-        if job is None and not everywhere and not closing and time.monotonic() >= self._next_poll_s:
+        if job is None and not closing and time.monotonic() >= self._next_poll_s:
             try:
                 conflict = self._bucket.somebody_ahead()
             except StorageError as error:
                 logger.warning("who else writes this run is not known: %s", error)
-            self._next_poll_s = time.monotonic() + POLL_S
+            self._next_poll_s = time.monotonic() + POLL_S  # from its end: tries come in between where that took long
         return {"job": job, "conflict": conflict}
 
     def _commit_together(self, sequence: int) -> None:

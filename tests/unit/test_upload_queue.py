@@ -120,6 +120,21 @@ def test_somebody_ahead_is_noticed_between_two_commits(tmp_path, monkeypatch):
     assert f"somebody else is writing this run: {uploads.store.url}/{RUN}/{ahead.name}" in str(uploads.queue.failure)
 
 
+def test_somebody_ahead_is_noticed_though_something_waits_for_the_bucket(tmp_path, monkeypatch):
+    monkeypatch.setattr(upload_queue, "TICK_S", 0.01)
+    monkeypatch.setattr(upload_queue, "POLL_S", 0.05)
+    uploads = Uploads(tmp_path)
+    bad = uploads.put(5, 1)
+    (uploads.folder / str(bad.name) / "trainer_state.json").unlink()  # it will wait for ever
+    uploads.queue.wait()
+    assert uploads.queue.waiting == [str(bad.name)]
+    ahead = write_checkpoint(tmp_path / "theirs", 10, 3, attempt="theirs")
+    upload_checkpoint(uploads.store.store, RUN, tmp_path / "theirs", ahead)
+    wait_until(lambda: uploads.queue.failure is not None)
+    assert "somebody else is writing this run" in str(uploads.queue.failure)
+    uploads.queue.close()
+
+
 def test_a_commit_costs_a_look_before_and_one_behind(tmp_path):
     uploads = Uploads(tmp_path)
     uploads.commit(5, 1)
