@@ -8,6 +8,7 @@ What runs this behind the training is `upload_queue.py`.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ from pretrain.files import PART_SUFFIX, disk_problem
 from pretrain.storage import ObjectExists, ObjectStore
 
 PROBE_PREFIX = "probe-"
+ORPHAN_AGE_S = 24 * 3600.0  # how much older than what is kept something must be that nobody will commit any more
 
 logger = log.get(__name__)
 
@@ -102,6 +104,8 @@ class BucketRun:
         self._known = known
         self._workers = workers
         self._archive = archive
+        self._emptying: set[CheckpointName] = set()  # their manifests are deleted, their objects may be there
+        self._may_hold_orphans = True
         self._last = max((_order(commit.manifest) for commit in known.values() if commit.manifest), default=_BEFORE)
 
     def upload(self, job: UploadJob, rank: int = 0) -> tuple[str, dict[str, ArchiveEntry]]:
@@ -225,17 +229,41 @@ class BucketRun:
 
     def _prune(self, commits: Mapping[CheckpointName, BucketManifest], keep: int) -> None:
         """Delete all but the newest commits, the manifest of each first."""
+        old = dict(old_commits(commits, keep))
+        kept = {name: commit for name, commit in commits.items() if name not in old}
         try:
-            for name, commit in old_commits(commits, keep):
-                folder = f"{self.run_name}/{name}/"
-                self.store.delete(f"{folder}{MANIFEST_FILE}", commit.generation)
+            for name, commit in old.items():
+                self.store.delete(f"{self.run_name}/{name}/{MANIFEST_FILE}", commit.generation)
+                self._emptying.add(name)
                 failpoint("prune.bucket_after_manifest")
-                for info in self.store.list(folder):
+            if old and self._may_hold_orphans:
+                self._find_orphans(kept)
+            self._emptying -= set(kept)  # committed again
+            for name in list(self._emptying):
+                for info in self.store.list(f"{self.run_name}/{name}/"):
                     self.store.delete(info.name)
+                self._emptying.discard(name)
                 self._known.pop(name, None)
                 logger.info("%s pruned from %s", name, self.store.url)
         except (StorageError, OSError) as error:  # what is too much today is pruned after the next commit
             logger.warning("old checkpoints were not pruned: %s", error)
+
+    def _find_orphans(self, kept: Mapping[CheckpointName, BucketManifest]) -> None:
+        """Find what a process left that was killed while it pruned: objects without a manifest, much older than every
+        commit that is kept. What is younger may be an upload that somebody has under way."""
+        committed: dict[CheckpointName, float] = {}  # when; 0: not known
+        touched: dict[CheckpointName, float] = {}
+        for info in self.store.list(f"{self.run_name}/"):
+            folder, _, file = info.name.removeprefix(f"{self.run_name}/").partition("/")
+            if name := CheckpointName.parse(folder):
+                touched[name] = max(touched.get(name, 0.0), info.created_s or math.inf)
+                if file == MANIFEST_FILE:
+                    committed[name] = info.created_s
+        oldest_s = min((committed.get(name, 0.0) for name in kept), default=0.0)
+        orphans = {name: at_s for name, at_s in touched.items() if name not in committed}
+        gone = {name for name, at_s in orphans.items() if at_s < oldest_s - ORPHAN_AGE_S}
+        self._may_hold_orphans = len(gone) < len(orphans)
+        self._emptying |= gone
 
 
 _BEFORE = (0, 0, "")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import shutil
 import threading
+import time
 
 import pytest
 import torch.distributed as dist
@@ -249,6 +251,41 @@ def test_pruning_deletes_the_manifest_first_and_failing_at_it_stops_nothing(tmp_
     assert uploads.store.names_of("delete")[0] == target(old)
     assert uploads.commits() == {str(new.name): new}
     assert uploads.queue.failure is None
+
+
+def test_what_a_pruning_that_was_cut_off_has_left_is_pruned_later_and_nothing_that_is_under_way(tmp_path):
+    """By the same process, and by a later one."""
+    fails = []
+
+    def before(called, name):
+        if called == "delete" and name.endswith("trainer_state.json") and fails:
+            raise StorageError(fails.pop())
+
+    def names(uploads):
+        return {info.name.split("/")[1].split("-")[2] for info in uploads.store.store.list(f"{RUN}/")}
+
+    uploads = Uploads(tmp_path, keep=1, before=before)
+    uploads.commit(5, 1)
+    fails.append("403 on delete")
+    uploads.commit(10, 2)
+    assert names(uploads) == {"step5", "step10"} and len(uploads.commits()) == 1
+    uploads.commit(15, 3)
+    assert names(uploads) == {"step15"}
+    fails.append("killed")
+    uploads.commit(20, 4)
+    uploads.queue.close()
+    assert names(uploads) == {"step15", "step20"}
+
+    again = Uploads(tmp_path, keep=1)
+    again.store.store.create(f"{RUN}/checkpoint-epoch0-step7-files7/theirs/config.yaml", b"under way")
+    again.commit(25, 5)
+    assert names(again) == {"step7", "step15", "step25"}  # for all it knows somebody is uploading both
+    two_days_ago_s = time.time() - 48 * 3600
+    for path in (again.store.store.root / RUN / "checkpoint-epoch0-step15-files15").rglob("*"):
+        os.utime(path, (two_days_ago_s, two_days_ago_s))
+    again.commit(30, 6)
+    assert names(again) == {"step7", "step30"}
+    again.queue.close()
 
 
 def test_pruning_is_done_before_another_rank_may_go_on(tmp_path):
