@@ -9,7 +9,10 @@ What is committed is told by the same manifests that a resume goes by; here the 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,7 +137,9 @@ class Catalog:
                 copies[name] = Copy(manifest, manifest.total_bytes)
             except CheckpointError as error:
                 torn = (folder / MANIFEST_FILE).exists()
-                copies[name] = Copy(None, folder_bytes(folder), error.what if torn else NOT_COMMITTED)
+                size = folder_bytes(folder)
+                if folder.exists():  # else it was pruned since it was listed
+                    copies[name] = Copy(None, size, error.what if torn else NOT_COMMITTED)
         return copies
 
     def _bucket_copies(self, run: str) -> dict[CheckpointName, Copy]:
@@ -182,7 +187,8 @@ class Catalog:
         return self.folder / entry.run / str(entry.name)
 
     def problems(self, entry: Entry) -> dict[str, list[str]]:
-        """What is wrong with each committed copy, by place ("local", "bucket"); an empty list where it is whole.
+        """What is wrong with each committed copy, by place ("local", "bucket"); an empty list where it is whole, and
+        no place where it was pruned meanwhile.
 
         Local files are read and their checksums compared; of objects the bucket's own checksums are compared.
 
@@ -197,7 +203,13 @@ class Catalog:
                 found[place] = damaged_files(copy.manifest, self.folder_of(entry))
             elif copy and copy.manifest and self.store:
                 found[place] = damaged_objects(copy.manifest, self.store, entry.run)
-        return found
+        return {place: problems for place, problems in found.items() if not (problems and self._is_gone(entry, place))}
+
+    def _is_gone(self, entry: Entry, place: str) -> bool:
+        """Whether a commit was pruned since it was listed."""
+        if place == "local":
+            return not (self.folder_of(entry) / MANIFEST_FILE).exists()
+        return self.store is not None and self.store.stat(f"{entry.run}/{entry.name}/{MANIFEST_FILE}") is None
 
     def text(self, entry: Entry, file: str) -> str:
         """A small text file of a committed checkpoint, compared with its manifest; where it is damaged here, from the
@@ -288,12 +300,29 @@ class Catalog:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a folder, as far as they can be seen.
+    """Bytes of all files in a folder.
 
     Raises:
         StorageError: it can't be read.
     """
+    return sum(status.st_size for _, status in files_below(folder))
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Every file in a folder; what a trainer removes meanwhile is left out.
+
+    Raises:
+        StorageError: it can't be read.
+    """
+
+    def unless_gone(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
     try:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for parent, _, names in os.walk(folder, onerror=unless_gone):
+            for path in (Path(parent, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path, path.stat()
     except OSError as error:
         raise StorageError(f"{folder}: {error.strerror}", f"Look at it: ls -ld {folder}") from error

@@ -101,7 +101,8 @@ def take_inventory(folder: Path, store: ObjectStore | None, run_name: str) -> In
         try:
             local[name] = read_manifest(path.parent)
         except CheckpointError as error:
-            damaged[name] = error.what
+            if path.exists():  # else it was pruned since it was listed
+                damaged[name] = error.what
     return Inventory(local, {}, damaged).with_bucket(list_commits(store, run_name) if store else {})
 
 

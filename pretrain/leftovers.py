@@ -5,13 +5,14 @@ A leftover is never resumed from and only takes room. What is committed is none,
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain import log
-from pretrain.catalog import Catalog, folder_bytes
+from pretrain.catalog import Catalog, files_below, folder_bytes
 from pretrain.checkpoint import REPLACED_SUFFIX, SAVING_SUFFIX, remove_folder
 from pretrain.checkpoint_manifest import MANIFEST_FILE, CheckpointName
 from pretrain.errors import StorageError
@@ -78,12 +79,10 @@ def _local_leftovers(folder: Path, run: str) -> list[Leftover]:
         if path.is_dir() and (why := _why_unfinished(path)):
             found.append(Leftover(run, "local", str(path), why, folder_bytes(path), _newest(path)))
     inside = {Path(leftover.path) for leftover in found}
-    for path in sorted(folder.rglob(f".*{PART_SUFFIX}")):
-        if path.parent not in inside and path.is_file():
-            status = path.stat()
-            found.append(
-                Leftover(run, "local", str(path), "a file that was not finished", status.st_size, status.st_mtime)
-            )
+    for path, status in sorted(files_below(folder)):
+        if path.name.startswith(".") and path.name.endswith(PART_SUFFIX) and path.parent not in inside:
+            why = "a file that was not finished"
+            found.append(Leftover(run, "local", str(path), why, status.st_size, status.st_mtime))
     return found
 
 
@@ -102,7 +101,10 @@ def _why_unfinished(path: Path) -> str:
 
 
 def _newest(folder: Path) -> float:
-    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    changed_s = [status.st_mtime for _, status in files_below(folder)]
+    with contextlib.suppress(FileNotFoundError):  # removed since it was listed
+        changed_s.append(folder.stat().st_mtime)
+    return max(changed_s, default=float("inf"))
 
 
 def _bucket_leftovers(store: ObjectStore, run: str) -> list[Leftover]:

@@ -193,9 +193,13 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Listing:
         """See ObjectStore."""
+        infos = []
         with self._explained(self.root):
-            infos = (self._info(name, self.root / name) for name in self._walk() if name.startswith(prefix))
-            return sorted(infos, key=lambda info: info.name)
+            for name in self._walk():
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    if name.startswith(prefix):
+                        infos.append(self._info(name, self.root / name))
+        return sorted(infos, key=lambda info: info.name)
 
     def stat(self, name: str) -> ObjectInfo | None:
         """See ObjectStore."""
@@ -278,7 +282,10 @@ class LocalStore:
         """Names of all files; linked folders are followed, each real folder once."""
         seen = set()
         for folder, folders, files in os.walk(self.root, onerror=self._unless_missing, followlinks=True):
-            status = os.stat(folder)
+            try:
+                status = os.stat(folder)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
                 continue

@@ -30,7 +30,7 @@ from pretrain.checkpoint_manifest import (
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.failpoints import failpoint
 from pretrain.files import PART_SUFFIX, disk_problem
-from pretrain.storage import ObjectExists, ObjectStore
+from pretrain.storage import ObjectExists, ObjectMissing, ObjectStore
 
 PROBE_PREFIX = "probe-"
 ORPHAN_AGE_S = 24 * 3600.0  # how much older than what is kept something must be that nobody will commit any more
@@ -59,7 +59,7 @@ class BucketManifest:
 def list_commits(
     store: ObjectStore, run_name: str, known: Mapping[CheckpointName, BucketManifest] | None = None
 ) -> dict[CheckpointName, BucketManifest]:
-    """The commits of a run in the bucket.
+    """The commits of a run in the bucket; one that is pruned meanwhile is none.
 
     Args:
         known: commits that need not be read again where they are of the same generation.
@@ -76,6 +76,8 @@ def list_commits(
         try:
             manifest = Manifest.from_bytes(store.read_bytes(info.name), f"{store.url}/{info.name}")
             found[name] = BucketManifest(info.generation, manifest)
+        except ObjectMissing:  # pruned since it was listed
+            continue
         except CheckpointError as error:
             found[name] = BucketManifest(info.generation, None, error.what)
     return found

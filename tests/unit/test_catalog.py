@@ -55,6 +55,16 @@ def test_without_anything_there_is_nothing(tmp_path):
     assert Catalog(tmp_path / "none", LocalStore(tmp_path / "neither")).entries() == []
 
 
+@pytest.mark.parametrize("place", ["local", "bucket"])
+def test_a_commit_that_is_pruned_between_the_listing_and_the_look_is_not_damaged(runs, place):
+    manifest = runs.commit("a", 5, 1, local=place == "local", bucket=place == "bucket")
+    [entry] = runs.catalog.entries()
+    root = runs.catalog.folder if place == "local" else runs.store.root
+    shutil.rmtree(root / "a" / str(manifest.name))
+    assert runs.catalog.problems(entry) == {}
+    assert runs.catalog.describe(entry, verify=True)["problems"] == []
+
+
 def test_what_has_no_manifest_is_listed_and_not_found(runs):
     manifest = runs.commit("a", 5, 1)
     (runs.catalog.folder_of(runs.catalog.find(str(manifest.name))) / MANIFEST_FILE).unlink()

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pretrain.catalog import Catalog
+from pretrain.checkpoint import damaged_files, replaced_folder, saving_folder
 from pretrain.checkpoint_manifest import MANIFEST_FILE
 from pretrain.leftovers import find_leftovers, remove_leftover
 from pretrain.storage import LocalStore
@@ -65,6 +67,22 @@ def test_every_kind_is_found_and_removed_and_nothing_else(catalog):
     assert find_leftovers(catalog) == []
 
 
+def test_of_a_save_that_takes_a_name_only_what_is_no_more_needed_is_a_leftover(catalog):
+    manifest = commit(catalog, 5)
+    run = catalog.folder / "a"
+    name = run / str(manifest.name)
+    saving, replaced = saving_folder(name), replaced_folder(name)
+    name.rename(replaced)
+    shutil.copytree(replaced, saving)
+    assert find_leftovers(catalog) == []  # a kill between the two names: both are whole, the next start takes one
+    saving.rename(name)
+    [leftover] = find_leftovers(catalog)
+    assert leftover.path == str(replaced)
+    assert remove_leftover(leftover, catalog)
+    assert find_leftovers(catalog) == [] and list(run.iterdir()) == [name]
+    assert damaged_files(manifest, name) == []
+
+
 def test_a_part_file_in_an_unfinished_folder_goes_with_it(catalog):
     folder = catalog.folder / "a" / "checkpoint-epoch0-step5-files5"
     folder.mkdir(parents=True)
@@ -87,6 +105,34 @@ def test_what_was_committed_after_it_was_listed_stays(catalog):
     before = everything(catalog)
     assert [remove_leftover(each, catalog) for each in found] == [False, False]
     assert everything(catalog) == before
+
+
+def test_what_a_trainer_removes_while_it_is_looked_at_is_absent(catalog, monkeypatch):
+    whole, going = commit(catalog, 5), commit(catalog, 10, 2)
+    saving = catalog.folder / "a" / ".checkpoint-epoch0-step15-files15.saving"
+    saving.mkdir()
+    (saving / "model.part").write_text("half")
+    read, stat = Path.read_bytes, Path.stat
+
+    def gone(path):
+        return path.parent in (catalog.folder / "a" / str(going.name), saving)
+
+    def read_bytes(path):
+        if gone(path):
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return read(path)
+
+    def stat_of(path, **options):
+        if gone(path):
+            shutil.rmtree(path.parent, ignore_errors=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    [entry] = [entry for entry in catalog.entries("a") if entry.is_local]
+    assert entry.name == whole.name
+    monkeypatch.setattr(Path, "stat", stat_of)
+    find_leftovers(catalog)
+    assert [each.path for each in find_leftovers(catalog)] == [] and not saving.exists()
 
 
 def test_the_age_is_that_of_the_newest_file(catalog):

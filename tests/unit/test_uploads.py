@@ -288,6 +288,19 @@ def test_what_a_pruning_that_was_cut_off_has_left_is_pruned_later_and_nothing_th
     again.queue.close()
 
 
+def test_a_commit_that_is_pruned_while_the_bucket_is_listed_is_none(tmp_path):
+    uploads = Uploads(tmp_path)
+    first, second = uploads.commit(5, 1), uploads.commit(10, 2)
+    uploads.queue.close()
+
+    def before(called, name):
+        if called == "read_bytes" and name == target(first):
+            store.store.delete(name)
+
+    store = FaultyStore(uploads.store.store, before)
+    assert [commit.manifest for commit in list_commits(store, RUN).values()] == [second]
+
+
 def test_pruning_is_done_before_another_rank_may_go_on(tmp_path):
     """Rank 0 tells how a commit ended only after pruning: the next upload may lie under a name that is pruned."""
     uploads = Uploads(tmp_path, keep=1)
