@@ -87,6 +87,7 @@ def train(invocation: Invocation) -> int:
     with run.metrics, run.keeper, run.telemetry, stop_request() as stop:
         with watch(run.ranks.rank, run.metrics.folder, run.config.train.hang_timeout_s) as watchdog:
             run.beat, run.excuse = watchdog.beat, watchdog.excuse
+            run.keeper.excuse = watchdog.excuse
             with memory_advice(run.config.batch, run.config.model, run.ranks.world_size):
                 loop(run, stop)
         return close(run)

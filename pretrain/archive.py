@@ -14,7 +14,7 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,18 +41,25 @@ def check_kind(kind: str) -> None:
         _zstandard()
 
 
-def pack(folder: Path, files: Mapping[str, FileEntry], target: IO[bytes], kind: str) -> FileEntry:
+def pack(
+    folder: Path,
+    files: Mapping[str, FileEntry],
+    target: IO[bytes],
+    kind: str,
+    on_bytes: Callable[[int], None] | None = None,
+) -> FileEntry:
     """Write files of a folder to `target` as one archive; its size and crc32c.
 
     Args:
         files: by name, with the size and the checksum that each must have.
         kind: one of KINDS.
+        on_bytes: called with the bytes that were written since the last call.
 
     Raises:
         CheckpointError: a file is not what `files` says.
         OSError: a file can't be read, or the archive can't be written.
     """
-    writer = CheckedWriter(target)
+    writer = CheckedWriter(target, on_bytes)
     with (
         _compressing(writer, kind) as stream,
         # GNU: a size beyond 8 GiB is in the header itself, so that every file has exactly one.

@@ -115,7 +115,7 @@ class FsspecStore:
         with new_file(path) as file:
             return self._call("download", name, lambda: self._fetch(*self._stat(name), file, on_bytes))
 
-    def upload(self, path: Path, name: str) -> NoReturn:
+    def upload(self, path: Path, name: str, on_progress: Callable[[], None] | None = None) -> NoReturn:
         """Refused, see the module. Raises ConfigError."""
         raise self._read_only()
 

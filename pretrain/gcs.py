@@ -107,11 +107,11 @@ class GcsStore:
             self._receive("download", info, file, on_bytes)
         return info
 
-    def upload(self, path: Path, name: str) -> ObjectInfo:
+    def upload(self, path: Path, name: str, on_progress: Callable[[], None] | None = None) -> ObjectInfo:
         """See ObjectStore."""
         try:
             wanted = ObjectInfo(name, path.stat().st_size, crc32c_of_file(path))
-            info, is_ours = self._create("upload", wanted, lambda: path.open("rb"))
+            info, is_ours = self._create("upload", wanted, lambda: path.open("rb"), on_progress=on_progress)
         except OSError as error:
             if problem := disk_problem(error, path.parent):
                 raise problem from error
@@ -151,7 +151,12 @@ class GcsStore:
             return False
 
     def _create(
-        self, action: str, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int = 0
+        self,
+        action: str,
+        wanted: ObjectInfo,
+        source: Callable[[], IO[bytes]],
+        generation: int = 0,
+        on_progress: Callable[[], None] | None = None,
     ) -> tuple[ObjectInfo, bool]:
         """(the object, True), or (what is there under its name, False): another's, or ours after a lost reply.
 
@@ -163,7 +168,7 @@ class GcsStore:
         def once() -> ObjectInfo:
             nonlocal replaced
             try:
-                return self._send(wanted, source, replaced)
+                return self._send(wanted, source, replaced, on_progress or (lambda: None))
             except _ArrivedDamagedError:
                 replaced = 0  # what came is deleted again
                 raise
@@ -173,7 +178,9 @@ class GcsStore:
         except _TakenError:
             return self._stat("stat", wanted.name), False
 
-    def _send(self, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int) -> ObjectInfo:
+    def _send(
+        self, wanted: ObjectInfo, source: Callable[[], IO[bytes]], generation: int, on_progress: Callable[[], None]
+    ) -> ObjectInfo:
         """Write the object from its start; the server is told the checksum, and refuses what doesn't match it."""
         blob = self._blob(wanted.name)
         blob.crc32c = wanted.crc32c
@@ -184,8 +191,10 @@ class GcsStore:
                 if wanted.size <= MULTIPART_BYTES:
                     blob.upload_from_file(file, **options)
                     info = self._info(blob)
+                    on_progress()
                 else:
-                    info = self._send_in_chunks(blob.create_resumable_upload_session(**options), file, wanted)
+                    url = blob.create_resumable_upload_session(**options)
+                    info = self._send_in_chunks(url, file, wanted, on_progress)
         except SessionLostError as error:
             raise CorruptTransferError(str(error)) from error
         except PreconditionFailed as error:
@@ -199,13 +208,16 @@ class GcsStore:
             raise _ArrivedDamagedError(f"{info.size} bytes with crc32c {info.crc32c} arrived")
         return info
 
-    def _send_in_chunks(self, url: str, file: IO[bytes], wanted: ObjectInfo) -> ObjectInfo:
+    def _send_in_chunks(
+        self, url: str, file: IO[bytes], wanted: ObjectInfo, on_progress: Callable[[], None]
+    ) -> ObjectInfo:
         """Send the file's content to a resumable upload, each chunk with the whole patience of the retry."""
         session = UploadSession(
             self._access.client._http, url, file, wanted.size, CHUNK_BYTES, self._request["timeout"]
         )
         while not (made := self._retry(f"upload {self._where(wanted.name)}", session.advance)):
-            pass
+            on_progress()
+        on_progress()
         size, generation = int(made.get("size", 0)), int(made.get("generation", 0))
         return ObjectInfo(wanted.name, size, str(made.get("crc32c", "")), generation)
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 import queue
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch.distributed as dist
 
 from pretrain import log, node_disks
 from pretrain.archive import check_kind
@@ -33,6 +35,7 @@ from pretrain.upload_queue import UploadQueue
 from pretrain.uploads import UploadJob, list_commits
 
 ABANDON_S, NOTABLE_WAIT_S = 60.0, 0.1  # what a run which met an error gives to what it has saved; what is told
+LOOK_EVERY_S = 0.5  # at what a save in the foreground waits for
 
 logger = log.get(__name__)
 
@@ -58,6 +61,7 @@ class Keeper:
         self._config = config
         self._ranks = ranks
         self._run_name = run_name
+        self._patience_s = storage.deadline_s + storage.timeout_s  # a request and its retries: then it has failed
         self._store = open_store(config.url, storage) if config.url else None
         self._held = RunFolder(ranks, Path(config.dir) / run_name, has_bucket=bool(config.url))
         self._folder = self._held.path
@@ -66,6 +70,7 @@ class Keeper:
         self._inventory = share_inventory(ranks, self._folder, self._store, run_name)
         self._sequence = self._inventory.last_sequence
         self._last_saved_step, self._is_closed = 0, False
+        self.excuse: Callable[[], None] = lambda: None  # told while a save waits for what is no hang
         self._buffers = HostBuffers()
         self._saved: list[CheckpointName] = []
         self._leftovers: list[node_disks.Leftover] = []
@@ -79,21 +84,23 @@ class Keeper:
         self._uploads: UploadQueue | None = None
         if self._store:
             node_disks.check_every_node_writes(ranks, self._store, run_name, attempt)
-            self._uploads = UploadQueue(
-                self._store,
-                run_name,
-                dict(self._inventory.bucket),
-                keep=config.keep,
-                rank=ranks.rank,
-                world_size=ranks.world_size,
-                group=upload_group,
-                workers=storage.upload_workers,
-                archive=config.archive,
-                on_commit=self._committed_in_bucket,
-                on_failure=self._upload_failed,
-            )
-        keeps_disk = self._held.keeps_disk
-        self._writer = Writer(self._folder, ranks, attempt, writer_group, keeps_disk, self._committed_here)
+            self._uploads = self._begin_uploads(self._store, upload_group, storage.upload_workers)
+        self._writer = Writer(self._held, ranks, attempt, writer_group, self._committed_here)
+
+    def _begin_uploads(self, store: ObjectStore, group: dist.ProcessGroup, workers: int) -> UploadQueue:
+        return UploadQueue(
+            store,
+            self._run_name,
+            dict(self._inventory.bucket),
+            keep=self._config.keep,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            group=group,
+            workers=workers,
+            archive=self._config.archive,
+            on_commit=self._committed_in_bucket,
+            on_failure=self._upload_failed,
+        )
 
     # ---- finding ----
 
@@ -173,8 +180,20 @@ class Keeper:
         self._last_saved_step = name.step
         self._writer.put(SaveJob(name, self._sequence, snapshot, documents))
         if not self._config.background_upload:
-            self.wait()
+            self._wait_in_the_loop()
         return (time.perf_counter() - started) * 1e3
+
+    def _wait_in_the_loop(self) -> None:
+        """Wait as `wait` does, all ranks for all; an upload that goes on, or is tried again in time, is no hang."""
+        moved, moved_s, waits = -1, 0.0, True
+        while waits:
+            is_done = self.wait(LOOK_EVERY_S)
+            now = self._uploads.moved if self._uploads else 0
+            if now != moved:
+                moved, moved_s = now, time.monotonic()
+            waits, arrives = self._ranks.any_of(not is_done, time.monotonic() - moved_s < self._patience_s)
+            if waits and arrives:
+                self.excuse()
 
     def branch(self) -> None:
         """Steps are taken again after a roll-back: they may give checkpoints of names that this process has written.

@@ -30,6 +30,7 @@ from pretrain.discovery import take_inventory
 from pretrain.errors import StorageError
 from pretrain.failpoints import failpoint
 from pretrain.ranks import Ranks
+from pretrain.run_folder import RunFolder
 from pretrain.snapshot import Snapshot
 
 logger = log.get(__name__)
@@ -49,24 +50,21 @@ class Writer:
     """The background thread of one rank that writes and commits locally. Every rank puts the same jobs.
 
     Args:
-        folder: local folder of the run.
+        held: local folder of the run.
         attempt: id under which commits are written, the same on every rank; changed only while nothing is written.
         group: gloo group that belongs to this thread.
-        keeps_disk: whether this rank makes and names the folders on its node's disk, see RunFolder.
         on_commit: called on this thread, on every rank, with the manifest and the files that this rank wrote.
     """
 
     def __init__(
         self,
-        folder: Path,
+        held: RunFolder,
         ranks: Ranks,
         attempt: str,
         group: dist.ProcessGroup,
-        keeps_disk: bool,
         on_commit: Callable[[Manifest, tuple[str, ...]], None],
     ) -> None:
-        self._folder = folder
-        self._keeps_disk = keeps_disk
+        self._folder, self._keeps_disk = held.path, held.keeps_disk
         self._ranks = ranks
         self.attempt = attempt
         self._group = group

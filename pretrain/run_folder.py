@@ -19,7 +19,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.checkpoint_manifest import Manifest
 from pretrain.discovery import take_inventory
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, StorageError
 from pretrain.files import make_writable
 from pretrain.leftovers import sweep
 from pretrain.node_disks import finds_what_first_writes, identity, not_shared
@@ -112,5 +112,5 @@ def _sweep_alone(path: Path, in_part: list[Path]) -> None:
                 for saving in in_part:
                     retract_manifest(saving)
                 sweep(path)
-    except CheckpointError as error:
-        logger.info("what killed processes left half-made stays: %s", error.what)
+    except (CheckpointError, StorageError) as error:
+        logger.warning("what killed processes left half-made stays: %s", error.what)

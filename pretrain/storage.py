@@ -113,8 +113,11 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def upload(self, path: Path, name: str) -> ObjectInfo:
+    def upload(self, path: Path, name: str, on_progress: Callable[[], None] | None = None) -> ObjectInfo:
         """The file `path` as a new object, its size and crc32c checked. The same content already there is success.
+
+        Args:
+            on_progress: called whenever some more of it has arrived.
 
         Raises:
             ObjectExists: another content is there; nothing was changed.
@@ -226,10 +229,10 @@ class LocalStore:
             generation = os.fstat(source.fileno()).st_mtime_ns
         return ObjectInfo(name, writer.size, writer.crc32c, generation)
 
-    def upload(self, path: Path, name: str) -> ObjectInfo:
+    def upload(self, path: Path, name: str, on_progress: Callable[[], None] | None = None) -> ObjectInfo:
         """See ObjectStore."""
         with self._explained(path.parent), path.open("rb") as source:
-            return self._create(name, source)
+            return self._create(name, source, on_progress)
 
     def create(self, name: str, data: bytes) -> ObjectInfo:
         """See ObjectStore."""
@@ -259,11 +262,11 @@ class LocalStore:
                 return False
             return True
 
-    def _create(self, name: str, source: IO[bytes]) -> ObjectInfo:
+    def _create(self, name: str, source: IO[bytes], on_progress: Callable[[], None] | None = None) -> ObjectInfo:
         path = self._path(name)
         try:
             with new_file(path, replace=False) as file:
-                writer = CheckedWriter(file)
+                writer = CheckedWriter(file, on_progress and (lambda _: on_progress()))
                 shutil.copyfileobj(source, writer, BLOCK_BYTES)
         except FileExistsError as error:
             with self._explained(path.parent):

@@ -83,6 +83,11 @@ class UploadQueue:
         """Names of the checkpoints that wait for the bucket."""
         return self._backlog.names
 
+    @property
+    def moved(self) -> int:
+        """See BucketRun."""
+        return self._bucket.moved
+
     def put(self, job: UploadJob) -> None:
         """Queue a checkpoint; returns at once. On each rank in the order of the commits."""
         with self._changed:

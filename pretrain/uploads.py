@@ -91,6 +91,9 @@ class BucketRun:
         known: commits that were there when this process started, and may be superseded; kept up to date.
         workers: parallel uploads.
         archive: how a rank's files are packed: "none", or one of `archive.KINDS`.
+
+    Attributes:
+        moved: grows with every piece that is packed or has arrived: who waits can tell a slow upload from a hang.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class BucketRun:
         self._known = known
         self._workers = workers
         self._archive = archive
+        self.moved = 0
         self._emptying: set[CheckpointName] = set()  # their manifests are deleted, their objects may be there
         self._may_hold_orphans = True
         self._last = max((_order(commit.manifest) for commit in known.values() if commit.manifest), default=_BEFORE)
@@ -150,7 +154,7 @@ class BucketRun:
             return next(filter(None, list(pool.map(send, files))), "")
 
     def _upload_file(self, job: UploadJob, file: str) -> str:
-        found = self.store.upload(job.folder / file, f"{self._prefix(job)}/{file}")
+        found = self.store.upload(job.folder / file, f"{self._prefix(job)}/{file}", self._count)
         entry = job.manifest.files[file]
         same = (found.size, found.crc32c) == (entry.bytes, entry.crc32c)
         return "" if same else f"{found.name} is not what the manifest says"
@@ -160,15 +164,19 @@ class BucketRun:
         path = job.folder.with_name(f".{job.folder.name}.{rank}.{secrets.token_hex(4)}{PART_SUFFIX}")
         try:
             with path.open("xb") as target:
-                packed = pack(job.folder, {file: job.manifest.files[file] for file in job.files}, target, self._archive)
+                files = {file: job.manifest.files[file] for file in job.files}
+                packed = pack(job.folder, files, target, self._archive, self._count)
             name = archive_name(rank, packed, self._archive)
-            found = self.store.upload(path, f"{self._prefix(job)}/{name}")
+            found = self.store.upload(path, f"{self._prefix(job)}/{name}", self._count)
             if FileEntry(found.size, found.crc32c) != packed:
                 raise StorageError(f"{found.name} is not what was packed")
         finally:
             with suppress(FileNotFoundError):
                 path.unlink()
         return {name: ArchiveEntry(packed.bytes, packed.crc32c, tuple(sorted(job.files)))}
+
+    def _count(self, _n_bytes: int = 0) -> None:
+        self.moved += 1
 
     def _prefix(self, job: UploadJob) -> str:
         return f"{self.run_name}/{job.manifest.name}/{job.manifest.attempt}"

@@ -9,7 +9,8 @@ from the newest checkpoint.
 It watches from the end of the first step, which compiles and warms up, to the end of the loop. Building and closing
 have the limits of the collectives (`train.timeout_minutes`). The validation and the snapshot after a step count as a
 part of it: the limit must be longer than the slowest step with both. Time in which the whole process stood still
-(Ctrl+Z, a suspended machine) doesn't count, nor does a wait for data as long as data arrives on some rank.
+(Ctrl+Z, a suspended machine) doesn't count, nor does a wait for data as long as data arrives on some rank, nor one for
+an upload (--no-background-upload) that goes on or is tried again within the limits of the storage section.
 
 A rank that is stopped itself can't write its stacks; those of the others show what they wait for. The thread needs the
 interpreter's lock: a C extension that hangs and holds it is seen by the watchdogs of the other ranks only.

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,6 +164,41 @@ def test_in_the_foreground_a_save_waits_for_its_upload(runs):
     kept = runs.start(background_upload=False)
     save(kept, 5)
     assert kept.committed == ["checkpoint-epoch0-step5-files5"] and runs.bucket_steps() == [5]
+    kept.close()
+
+
+def test_while_a_save_in_the_foreground_waits_for_its_upload_the_watchdog_is_told(runs, monkeypatch):
+    monkeypatch.setattr(keeper, "LOOK_EVERY_S", 0.01)
+    told = threading.Event()
+
+    def before(method, name):
+        if method == "upload":
+            assert told.wait(PATIENCE_S)
+
+    runs.store.before = before
+    kept = runs.start(background_upload=False)
+    kept.excuse = told.set
+    save(kept, 5)
+    assert kept.committed == ["checkpoint-epoch0-step5-files5"] and kept._uploads.moved >= len(DOCUMENTS)
+    kept.close()
+
+
+def test_an_upload_that_stands_still_for_longer_than_it_is_retried_is_a_hang(runs, monkeypatch):
+    kept, clock, moved, told = runs.start(), SimpleNamespace(now_s=1000.0), SimpleNamespace(moved=0), []
+    limit_s = StorageConfig().deadline_s + StorageConfig().timeout_s
+
+    def wait(timeout_s):
+        clock.now_s += 10
+        moved.moved += clock.now_s <= 3000
+        return clock.now_s >= 5000
+
+    with monkeypatch.context() as fake:
+        fake.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: clock.now_s))
+        fake.setattr(kept, "wait", wait)
+        fake.setattr(kept, "_uploads", moved)
+        fake.setattr(kept, "excuse", lambda: told.append(clock.now_s))
+        kept._wait_in_the_loop()
+    assert told == [*range(1010, int(3000 + limit_s), 10)]
     kept.close()
 
 
