@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import secrets
@@ -20,6 +21,8 @@ from pretrain.errors import StorageError
 
 BLOCK_BYTES = 1 << 20  # a checksum, a write and a progress report per MiB cost nothing beside the transfer
 PART_SUFFIX = ".part"
+# Some network and FUSE file systems know no locks; NFS knows them, but not those of folders.
+_NO_LOCKS = frozenset((errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF))
 _UNUSABLE = frozenset(
     (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.EIO, errno.EFBIG)
 )
@@ -133,6 +136,23 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int, kind: int) -> bool:
+    """Lock an open file or folder, as flock; False where its file system knows no such locks.
+
+    Raises:
+        BlockingIOError: somebody else has it, and `kind` does not wait.
+    """
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def disk_problem(error: OSError, folder: Path) -> StorageError | None:

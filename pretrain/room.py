@@ -9,20 +9,18 @@ lost: a shard may then be fetched twice, or put out while it is mapped, which a 
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain import log
+from pretrain import files, log
 from pretrain.files import disk_problem
 
 TOKENS, RECORD, BUILDING = ".bin", ".json", ".lock"
 SOURCE_FOLDER = re.compile(r"[0-9a-f]{16}")
 ROOM_LOCK = ".room.lock"
-_UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 logger = log.get(__name__)
 
@@ -76,14 +74,12 @@ def is_set_aside(building: Path) -> bool:
 
 
 def lock(descriptor: int, kind: int) -> bool:
-    """Lock an open file, as flock; False where somebody else has it and `kind` does not wait."""
+    """Lock an open file, as flock; False where somebody else has it and `kind` does not wait. Where there are no locks
+    it counts as locked."""
     try:
-        fcntl.flock(descriptor, kind)
+        files.lock(descriptor, kind)
     except BlockingIOError:
         return False
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED:
-            raise
     return True
 
 

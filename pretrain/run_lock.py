@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Iterator
@@ -11,11 +10,9 @@ from pathlib import Path
 
 from pretrain import log
 from pretrain.errors import CheckpointError
-from pretrain.files import disk_problem
+from pretrain.files import disk_problem, lock
 
 TRAINER_FILE = ".trainer.lock"  # empty: the lock is the kernel's
-# Some network and FUSE file systems know no locks; NFS knows them, but not those of folders.
-_UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EBADF)
 
 logger = log.get(__name__)
 
@@ -82,14 +79,14 @@ def _lock(place: Path, kind: int, holder: str) -> int:
             raise problem from error
         raise
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        if lock(descriptor, kind | fcntl.LOCK_NB):
+            return descriptor
     except BlockingIOError as error:
         os.close(descriptor)
         raise CheckpointError(f"{folder} is in use by {holder}", "Try again when it has ended.") from error
-    except OSError as error:
+    except OSError:
         os.close(descriptor)
-        if error.errno not in _UNSUPPORTED:
-            raise
-        logger.warning("%s: no locks there, so nothing keeps tools and trainers apart: %s", folder, error.strerror)
-        return -1
-    return descriptor
+        raise
+    os.close(descriptor)
+    logger.warning("%s: no locks there, so nothing keeps tools and trainers apart", folder)
+    return -1

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pretrain import log
 from pretrain.errors import ConfigError, StorageError
-from pretrain.files import PART_SUFFIX, crc32c_of_bytes, crc32c_of_file, new_file
+from pretrain.files import PART_SUFFIX, crc32c_of_bytes, crc32c_of_file, lock, new_file
 from pretrain.raw_files import RawFile
 from pretrain.recipes import RECIPE_NAME, as_json, claim, differences, parsed
 from pretrain.shard_writer import SPLITS
@@ -23,6 +24,8 @@ from pretrain.storage import LocalStore, ObjectStore
 WORK_FOLDER = ".prepare"
 SCRATCH, OPEN_SHARDS = "scratch", "open"  # in it
 CHECKSUM_THREADS = 4
+
+logger = log.get(__name__)
 
 
 def work_folder(given: str, store: ObjectStore) -> Path:
@@ -46,7 +49,8 @@ def sole_use(work: Path) -> Iterator[None]:
     """Keep a second process off the same work; the lock ends with this one, whatever ends it."""
     descriptor = os.open(work, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            logger.warning("%s: no locks there, so nothing keeps a second process off the same work", work)
         yield
     except BlockingIOError as error:
         raise InUse(f"another process prepares in {work}", "Let it end, or choose another --work_dir") from error

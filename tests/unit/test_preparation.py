@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import random
@@ -379,6 +381,15 @@ def test_a_working_folder_belongs_to_one_output_and_one_process(tmp_path, monkey
     (work_path,) = (tmp_path / "work" / ".prepare").iterdir()
     with work_folder.sole_use(work_path), pytest.raises(StorageError, match="another process prepares"):
         make(tmp_path / "out", source, work_dir=work)
+
+
+def test_a_file_system_without_locks_is_no_reason_not_to_prepare(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with work_folder.sole_use(tmp_path):
+        assert "no locks there" in caplog.text
 
 
 # ---- tokenizers ----
