@@ -155,6 +155,17 @@ def lock(descriptor: int, kind: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def disk_explained(folder: Path) -> Iterator[None]:
+    """Where the block meets an error of this machine's disk, a StorageError in a user's words; see disk_problem."""
+    try:
+        yield
+    except OSError as error:
+        if problem := disk_problem(error, folder):
+            raise problem from error
+        raise
+
+
 def disk_problem(error: OSError, folder: Path) -> StorageError | None:
     """An error of this machine's disk in a user's words; None for others (a network error is OSError too)."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -162,7 +173,7 @@ def disk_problem(error: OSError, folder: Path) -> StorageError | None:
         return StorageError(what, "Free space there, or use another disk.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(
-            f"{folder}: {error.strerror}: this user can't read or write there",
+            f"{error.filename or folder}: {error.strerror}: this user can't read or write there",
             f"Choose another folder, or mend it: ls -ld {folder}",
         )
     if error.errno in _UNUSABLE:

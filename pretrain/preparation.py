@@ -25,7 +25,7 @@ from pretrain.encoders import open_encoder
 from pretrain.encoding_pool import LocalPool, Pool, RayPool, Take, Work
 from pretrain.errors import ConfigError
 from pretrain.failpoints import failpoint
-from pretrain.files import crc32c_of_file, make_writable, new_file
+from pretrain.files import crc32c_of_file, disk_explained, make_writable, new_file
 from pretrain.manifest import TOKENIZER_NAME
 from pretrain.parts import Part, find_part, remove_part, token_dtype
 from pretrain.raw_files import RawFile, Unit, cut_units, list_inputs
@@ -152,7 +152,7 @@ def prepare(options: Preparation, say: Say, watcher: Watcher | None = None) -> d
     store = open_store(options.output_dir, StorageConfig())
     work = work_folder(options.work_dir, store)
     make_writable(work, "--work_dir")
-    with sole_use(work):
+    with disk_explained(work), sole_use(work):
         outside = store.root if isinstance(store, LocalStore) else None
         remove_leftovers(work, store)
         files, passed = list_inputs(options.input_dir, options.input, split=options.split, outside=outside)

@@ -28,7 +28,7 @@ from typing import Any
 from pretrain import failpoints, log
 from pretrain.config import DataConfig
 from pretrain.errors import StorageError, TrainerError, error_of
-from pretrain.files import disk_problem
+from pretrain.files import disk_explained
 from pretrain.listings import size_text
 from pretrain.processes import end_with_parent
 from pretrain.raw_source import Lines, folder_of, prepare_source
@@ -182,13 +182,11 @@ def _work(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> in
     try:
         failpoints.arm(request["rank"])
         sizes = {name: request[name] for name in ("vocab_size", "may_be_larger")}
-        prepare_source(data, **sizes, say=lambda text: tell({"say": text}), watcher=_Reporter(tell))
-    except (TrainerError, OSError) as error:
-        problem = error if isinstance(error, TrainerError) else disk_problem(error, folder_of(data))
-        if problem is None:
-            raise
-        tell({"failed": problem.told()})
-        return problem.exit_code
+        with disk_explained(folder_of(data)):
+            prepare_source(data, **sizes, say=lambda text: tell({"say": text}), watcher=_Reporter(tell))
+    except TrainerError as error:
+        tell({"failed": error.told()})
+        return error.exit_code
     tell({"done": True})
     return 0
 

@@ -28,7 +28,7 @@ from pretrain.files import (
     CheckedWriter,
     crc32c_of_bytes,
     crc32c_of_file,
-    disk_problem,
+    disk_explained,
     free_disk_bytes,
     new_file,
 )
@@ -197,7 +197,7 @@ class LocalStore:
     def list(self, prefix: str = "") -> Listing:
         """See ObjectStore."""
         infos = []
-        with self._explained(self.root):
+        with disk_explained(self.root):
             for name in self._walk():
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
                     if name.startswith(prefix):
@@ -207,7 +207,7 @@ class LocalStore:
     def stat(self, name: str) -> ObjectInfo | None:
         """See ObjectStore."""
         path = self._path(name)
-        with self._explained(path.parent):
+        with disk_explained(path.parent):
             return self._info(name, path) if path.is_file() else None
 
     def read_bytes(self, name: str, max_bytes: int = 16 << 20) -> bytes:
@@ -231,7 +231,7 @@ class LocalStore:
 
     def upload(self, path: Path, name: str, on_progress: Callable[[], None] | None = None) -> ObjectInfo:
         """See ObjectStore."""
-        with self._explained(path.parent), path.open("rb") as source:
+        with disk_explained(path.parent), path.open("rb") as source:
             return self._create(name, source, on_progress)
 
     def create(self, name: str, data: bytes) -> ObjectInfo:
@@ -241,7 +241,7 @@ class LocalStore:
     def replace(self, name: str, data: bytes, generation: int) -> ObjectInfo:
         """See ObjectStore."""
         path = self._path(name)
-        with self._explained(path.parent):
+        with disk_explained(path.parent):
             if not generation:
                 return self.create(name, data)
             if not path.exists() or path.stat().st_mtime_ns != generation:
@@ -253,7 +253,7 @@ class LocalStore:
     def delete(self, name: str, generation: int = 0) -> bool:
         """See ObjectStore."""
         path = self._path(name)
-        with self._explained(path.parent):
+        with disk_explained(path.parent):
             try:
                 if generation and path.stat().st_mtime_ns != generation:
                     return False
@@ -269,7 +269,7 @@ class LocalStore:
                 writer = CheckedWriter(file, on_progress and (lambda _: on_progress()))
                 shutil.copyfileobj(source, writer, BLOCK_BYTES)
         except FileExistsError as error:
-            with self._explained(path.parent):
+            with disk_explained(path.parent):
                 if path.stat().st_size != writer.size or crc32c_of_file(path) != writer.crc32c:
                     raise exists(f"{path}") from error
         return ObjectInfo(name, writer.size, writer.crc32c, path.stat().st_mtime_ns)
@@ -306,20 +306,11 @@ class LocalStore:
     def _reading(self, name: str) -> Iterator[tuple[IO[bytes], int]]:
         """The open file and its size in bytes."""
         path = self._path(name)
-        with self._explained(path.parent):
+        with disk_explained(path.parent):
             if not path.is_file():
                 raise ObjectMissing(f"there is no file {path}", f"See what is there: ls {path.parent}")
             with path.open("rb") as file:
                 yield file, os.fstat(file.fileno()).st_size
-
-    @contextlib.contextmanager
-    def _explained(self, folder: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if problem := disk_problem(error, folder):
-                raise problem from error
-            raise
 
 
 def too_big(where: str, size: int, max_bytes: int) -> StorageError:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import io
 import json
 import os
 import random
@@ -390,6 +391,22 @@ def test_a_file_system_without_locks_is_no_reason_not_to_prepare(tmp_path, monke
     monkeypatch.setattr(fcntl, "flock", refuse)
     with work_folder.sole_use(tmp_path):
         assert "no locks there" in caplog.text
+
+
+@pytest.mark.parametrize("suffix", [".tokens", ".documents"])
+def test_a_disk_that_is_full_while_shards_are_open_is_one_line(tmp_path, monkeypatch, suffix):
+    class Full(io.BytesIO):
+        def write(self, block):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened = Path.open
+
+    def open_or_full(path, mode="r", *how, **named):
+        return Full() if path.suffix == suffix and mode == "ab" else opened(path, mode, *how, **named)
+
+    monkeypatch.setattr(Path, "open", open_or_full)
+    with pytest.raises(StorageError, match=r"out/\.prepare: the disk is full .* Free space there"):
+        make(tmp_path / "out", raw(tmp_path / "raw"))
 
 
 # ---- tokenizers ----
