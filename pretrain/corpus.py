@@ -92,9 +92,9 @@ def fetch_corpus(
         ShardError: no shards, damaged ones, too few tokens, or a vocabulary that is not the model's.
         StorageError: the bucket or the cache can't be used.
     """
-    workers = _begin_ahead(data, ranks, model)
+    workers = _begin_ahead(data, storage, ranks, model)
     for source in _prepared_first(data):
-        _prepare(dataclasses.replace(data, source=source, sources=(), raw_ahead=False), ranks, model)
+        _prepare(dataclasses.replace(data, source=source, sources=(), raw_ahead=False), storage, ranks, model)
     _await_claims(workers, ranks)
     if data.prepares_ahead:
         found = {name: _open_ahead(one, workers.get(name), ranks, model) for name, one in as_given(data)}
@@ -190,14 +190,15 @@ def _prepared_first(data: DataConfig) -> list[str]:
     return [*([] if ahead else (one.source for _, one in as_given(data))), *filter(None, [data.val_source])]
 
 
-def _begin_ahead(data: DataConfig, ranks: Ranks, model: ModelConfig) -> dict[str, RawWorker]:
+def _begin_ahead(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> dict[str, RawWorker]:
     """On the first rank of a node, what prepares each source while it is trained on; they share the processes."""
     if not data.prepares_ahead or ranks.local_rank:
         return {}
     sources = as_given(data)
     share = max(1, data.tokenizer_num_workers // len(sources))
     how: dict[str, Any] = {"vocab_size": model.vocab_size, "may_be_larger": bool(model.init_from), "rank": ranks.rank}
-    return {name: RawWorker(dataclasses.replace(one, tokenizer_num_workers=share), **how) for name, one in sources}
+    sources = [(name, dataclasses.replace(one, tokenizer_num_workers=share)) for name, one in sources]
+    return {name: RawWorker(one, storage, **how) for name, one in sources}
 
 
 def _await_claims(workers: Mapping[str, RawWorker], ranks: Ranks) -> None:
@@ -226,13 +227,14 @@ def _open_ahead(
     return store, shards
 
 
-def _prepare(data: DataConfig, ranks: Ranks, model: ModelConfig) -> None:
+def _prepare(data: DataConfig, storage: StorageConfig, ranks: Ranks, model: ModelConfig) -> None:
     """Have the first rank of each node prepare its raw text while all wait; what a rank raises ends it at once."""
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            prepare_source(data, vocab_size=model.vocab_size, may_be_larger=bool(model.init_from), say=logger.info)
+            larger = bool(model.init_from)
+            prepare_source(data, storage, vocab_size=model.vocab_size, may_be_larger=larger, say=logger.info)
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             failed.append(error)
 

@@ -15,7 +15,7 @@ import dataclasses
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Preparation:
     work_dir: str = ""
     num_workers: int = 1
     ray: str = ""
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
     @property
     def unit_bytes(self) -> int:
@@ -109,7 +110,7 @@ class Preparation:
     def decisive(self) -> dict[str, Any]:
         """The options that decide which bytes are written."""
         tree = dataclasses.asdict(self)
-        for name in ("input_dir", "input", "output_dir", "work_dir", "num_workers", "ray"):
+        for name in ("input_dir", "input", "output_dir", "work_dir", "num_workers", "ray", "storage"):
             del tree[name]
         return tree
 
@@ -149,13 +150,15 @@ def prepare(options: Preparation, say: Say, watcher: Watcher | None = None) -> d
     options.check()
     choice = options.choice
     watcher = watcher or Watcher()
-    store = open_store(options.output_dir, StorageConfig())
+    store = open_store(options.output_dir, options.storage)
     work = work_folder(options.work_dir, store)
     make_writable(work, "--work_dir")
     with disk_explained(work), sole_use(work):
         outside = store.root if isinstance(store, LocalStore) else None
         remove_leftovers(work, store)
-        files, passed = list_inputs(options.input_dir, options.input, split=options.split, outside=outside)
+        files, passed = list_inputs(
+            options.input_dir, options.input, split=options.split, outside=outside, storage=options.storage
+        )
         if passed:
             say(f"input: {len(files)} files; {len(passed)} others are passed over, such as {passed[0]}")
         watcher.begin("checksums", sum(file.size for file in files))

@@ -14,7 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,6 +54,8 @@ class RawFile:
     """Changes when the file is written again."""
     crc32c: str = ""
     """Of its content; empty: not known yet."""
+    storage: StorageConfig = field(default_factory=StorageConfig, compare=False, repr=False)
+    """How patiently it is fetched."""
 
     @property
     def compression(self) -> str:
@@ -103,7 +105,7 @@ class RawFile:
             return
         with tempfile.TemporaryDirectory(prefix="raw-", dir=scratch or None) as folder:
             path = Path(folder) / "file"
-            info = open_store(self.folder, StorageConfig()).download(self.key, path)
+            info = open_store(self.folder, self.storage).download(self.key, path)
             if (info.crc32c != self.crc32c) if self.crc32c else (info.size, info.generation) != self.version:
                 raise self._changed()
             yield path
@@ -136,7 +138,12 @@ class Unit:
 
 
 def list_inputs(
-    input_dir: str, patterns: Sequence[str], *, split: str = "train", outside: Path | None = None
+    input_dir: str,
+    patterns: Sequence[str],
+    *,
+    split: str = "train",
+    outside: Path | None = None,
+    storage: StorageConfig | None = None,
 ) -> tuple[list[RawFile], list[str]]:
     """The files to read, in order, and the names of what is passed over.
 
@@ -148,34 +155,39 @@ def list_inputs(
         patterns: paths, folders or globs, local or gs://. In gs:// a `*` crosses slashes.
         split: of Hugging Face data sets.
         outside: a folder whose files are no input: the output, where it lies within.
+        storage: how patiently buckets are listed, and the files fetched later.
 
     Raises:
         ShardError: nothing to read, or a name that holds no known format.
     """
+    storage = storage or StorageConfig()
     files: list[RawFile] = []
     passed: list[str] = []
     if input_dir:
-        found, left = _below(input_dir, "", split, outside)
+        found, left = _below(input_dir, "", split, outside, storage)
         files, passed = files + found, passed + left
         if not found:
             others = f", only {len(left)} others such as {left[0]}" if left else ""
             raise ShardError(f"no raw text below {input_dir}{others}", f"Read here: {READ_HERE}")
     for pattern in patterns:
-        found, left = _matching(pattern, split, outside)
+        found, left = _matching(pattern, split, outside, storage)
         if not found:
             others = f", only {left[0]}" if left else ""
             raise ShardError(f"no raw text behind {pattern}{others}", f"Read here: {READ_HERE}")
         files, passed = files + found, passed + left
-    return list({(file.folder, file.key): file for file in files}.values()), passed
+    unique = {(file.folder, file.key): replace(file, storage=storage) for file in files}
+    return list(unique.values()), passed
 
 
-def _matching(pattern: str, split: str, outside: Path | None) -> tuple[list[RawFile], list[str]]:
+def _matching(
+    pattern: str, split: str, outside: Path | None, storage: StorageConfig
+) -> tuple[list[RawFile], list[str]]:
     wild = re.search(r"[*?\[]", pattern)
     if "://" in pattern:
         if not wild and not _named(pattern):
-            return _below(pattern, f"{pattern.rstrip('/')}/", split, outside)
+            return _below(pattern, f"{pattern.rstrip('/')}/", split, outside, storage)
         folder = (pattern[: wild.start()] if wild else pattern).rpartition("/")[0]
-        store = open_store(folder, StorageConfig())
+        store = open_store(folder, storage)
         within = pattern[len(folder) + 1 :]
         listed = [info for info in store.list() if fnmatchcase(info.name, within)]
         return _select(store, listed, f"{folder}/", split)
@@ -183,7 +195,7 @@ def _matching(pattern: str, split: str, outside: Path | None) -> tuple[list[RawF
     passed: list[str] = []
     for path in sorted(glob.glob(os.path.expanduser(pattern), recursive=True)):
         if os.path.isdir(path):
-            found, left = _below(path, f"{path.rstrip('/')}/", split, outside)
+            found, left = _below(path, f"{path.rstrip('/')}/", split, outside, storage)
         else:
             store = LocalStore(Path(path).parent)
             info = store.stat(Path(path).name)
@@ -196,8 +208,10 @@ def _named(url: str) -> bool:
     return bool(RawFile("", "", url, 0, 0).format)
 
 
-def _below(url: str, prefix: str, split: str, outside: Path | None) -> tuple[list[RawFile], list[str]]:
-    store = open_store(url, StorageConfig())
+def _below(
+    url: str, prefix: str, split: str, outside: Path | None, storage: StorageConfig
+) -> tuple[list[RawFile], list[str]]:
+    store = open_store(url, storage)
     listed = store.list()
     if outside and isinstance(store, LocalStore):
         listed = [info for info in listed if outside.absolute() not in (store.root / info.name).parents]

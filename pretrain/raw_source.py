@@ -1,6 +1,6 @@
 """Raw text as a source of training: prepared into shards below data.cache_dir, before the first step or while it runs.
 
-    prepare_source(data, vocab_size=50257, may_be_larger=False, say=logger.info)     # on one rank of each node
+    prepare_source(data, storage, vocab_size=50257, may_be_larger=False, say=logger.info)     # on one rank of each node
     shards = open_shards(open_store(prepared(data).source, …), prepared(data), …)
 
 It is `prepare` of `preparation`, with its guarantees: the same text and tokenizer give the same bytes on every machine,
@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from pretrain.cache import digest
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, StorageConfig
 from pretrain.encoders import open_encoder
 from pretrain.errors import ConfigError, ShardError
 from pretrain.manifest import DataManifest
@@ -50,6 +50,7 @@ def folder_of(data: DataConfig) -> Path:
 
 def prepare_source(
     data: DataConfig,
+    storage: StorageConfig,
     *,
     vocab_size: int,
     may_be_larger: bool,
@@ -59,6 +60,7 @@ def prepare_source(
     """Make the shards of `prepared(data)`, or what is left to do of them. Returns at once where nothing is.
 
     Args:
+        storage: how patiently the text is fetched.
         vocab_size: the model's: a tokenizer with another is refused before the work.
         may_be_larger: whether it may exceed the tokenizer's.
         watcher: is told how far it is; None: lines for `say`.
@@ -78,12 +80,13 @@ def prepare_source(
         on_bad=data.on_bad_shard,
         shard_tokens=data.raw_shard_tokens,
         num_workers=data.tokenizer_num_workers,
+        storage=storage,
     )
     choice = options.choice
     manifest = _header(choice.make((), options.reading, 0.0, stop=True), choice)
     manifest.check_vocab_size(vocab_size, "data.tokenizer", may_be_larger)
     waits = False
-    while not _is_current(data, folder):
+    while not _is_current(data, storage, folder):
         try:
             _prepare(data, options, folder, say, watcher)
             return
@@ -161,13 +164,13 @@ def _header(tokenizer_json: str, choice: TokenizerChoice) -> DataManifest:
     return DataManifest(choice.title(tokenizer_json, encoder.vocab_size), encoder.vocab_size, encoder.eot_id, ())
 
 
-def _is_current(data: DataConfig, folder: Path) -> bool:
+def _is_current(data: DataConfig, storage: StorageConfig, folder: Path) -> bool:
     """Whether the shards are complete, and no file of the text was written or listed anew since."""
     metadata = finished(LocalStore(folder))
     if metadata is None:
         return False
     done_ns = (folder / METADATA_NAME).stat().st_mtime_ns
-    files, _ = list_inputs("", (data.source,), outside=folder)
+    files, _ = list_inputs("", (data.source,), outside=folder, storage=storage)
     told: list[dict[str, Any]] = metadata["inputs"]
     if [(file.name, file.size) for file in files] != [(entry["name"], entry["bytes"]) for entry in told]:
         return False

@@ -1,6 +1,6 @@
 """A process that prepares raw text beside the training, and what its parent, the first rank of a node, sees of it.
 
-    worker = RawWorker(data, vocab_size=50257, may_be_larger=False, rank=0)
+    worker = RawWorker(data, storage, vocab_size=50257, may_be_larger=False, rank=0)
     worker.claimed.wait()        # set too where it failed
     worker.failure               # why it gave up, or None
     worker.close()
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain import failpoints, log
-from pretrain.config import DataConfig
+from pretrain.config import DataConfig, StorageConfig
 from pretrain.errors import StorageError, TrainerError, error_of
 from pretrain.files import disk_explained
 from pretrain.listings import size_text
@@ -50,6 +50,7 @@ class RawWorker:
 
     Args:
         data: of one source of raw text.
+        storage: how patiently it is fetched.
         vocab_size, may_be_larger: as of `prepare_source`.
         rank: of this process, for failpoints.
 
@@ -59,7 +60,9 @@ class RawWorker:
         arrived: grows as long as it gets on.
     """
 
-    def __init__(self, data: DataConfig, *, vocab_size: int, may_be_larger: bool, rank: int) -> None:
+    def __init__(
+        self, data: DataConfig, storage: StorageConfig, *, vocab_size: int, may_be_larger: bool, rank: int
+    ) -> None:
         self.claimed = threading.Event()
         self.failure: TrainerError | None = None
         self.arrived = 0
@@ -79,7 +82,7 @@ class RawWorker:
         request = {"vocab_size": vocab_size, "may_be_larger": may_be_larger, "rank": rank, "parent": os.getpid()}
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stdin:
-            json.dump({**request, "data": asdict(data)}, stdin)
+            json.dump({**request, "data": asdict(data), "storage": asdict(storage)}, stdin)
         self._reader = threading.Thread(target=self._read, name="raw-text", daemon=True)
         self._reader.start()
 
@@ -179,11 +182,12 @@ def main() -> int:
 
 def _work(request: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> int:
     data = DataConfig(**{**request["data"], "sources": ()})
+    storage = StorageConfig(**request["storage"])
     try:
         failpoints.arm(request["rank"])
         sizes = {name: request[name] for name in ("vocab_size", "may_be_larger")}
         with disk_explained(folder_of(data)):
-            prepare_source(data, **sizes, say=lambda text: tell({"say": text}), watcher=_Reporter(tell))
+            prepare_source(data, storage, **sizes, say=lambda text: tell({"say": text}), watcher=_Reporter(tell))
     except TrainerError as error:
         tell({"failed": error.told()})
         return error.exit_code

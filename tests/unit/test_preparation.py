@@ -506,5 +506,5 @@ def test_shards_are_made_with_a_tiktoken_encoding_as_it_is(tiny, tmp_path):
 def test_a_recipe_names_all_options_that_decide_the_bytes():
     """A new option is either in the recipe or named here as one that changes no byte."""
     fields = {field.name for field in dataclasses.fields(Preparation)}
-    undecisive = {"input_dir", "input", "output_dir", "work_dir", "num_workers", "ray"}
+    undecisive = {"input_dir", "input", "output_dir", "work_dir", "num_workers", "ray", "storage"}
     assert set(Preparation().decisive()) == fields - undecisive

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pretrain.config import StorageConfig
 from pretrain.errors import ConfigError, ShardError
 from pretrain.raw_shards import open_made
 from pretrain.raw_source import claim_of, folder_of, prepare_source
@@ -20,7 +21,7 @@ SHARD_TOKENS = 3000
 def made(data):  # noqa: F811
     """Settings of text that is prepared."""
     data = dataclasses.replace(data, raw_shard_tokens=SHARD_TOKENS, cache_dir=str(Path(data.cache_dir).absolute()))
-    prepare_source(data, vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
+    prepare_source(data, StorageConfig(), vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
     return data
 
 
@@ -68,7 +69,7 @@ def kill_at_shard(data, count):  # noqa: F811
     preparation.ShardWriter = Killing
     try:
         with pytest.raises(Killed):
-            prepare_source(data, vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
+            prepare_source(data, StorageConfig(), vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
     finally:
         preparation.ShardWriter = writer
 
@@ -78,11 +79,11 @@ def test_the_recipe_tells_text_and_settings_apart_and_not_where_they_lie(made, t
     assert (manifest.vocab_size, manifest.shards) == (VOCAB_SIZE, ())
     moved = dataclasses.replace(made, source=made.source.replace("raw", "moved"), cache_dir=str(tmp_path / "cache2"))
     shutil.copytree(tmp_path / "raw", tmp_path / "moved")
-    prepare_source(moved, vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
+    prepare_source(moved, StorageConfig(), vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
     assert claim_of(moved)[0] == recipe != claim_of(dataclasses.replace(made, max_files=3))[0]
     (tmp_path / "moved" / "c4-train.00002-of-01024.json.gz").unlink()
     less = dataclasses.replace(moved, cache_dir=str(tmp_path / "cache3"))
-    prepare_source(less, vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
+    prepare_source(less, StorageConfig(), vocab_size=VOCAB_SIZE, may_be_larger=False, say=lambda text: None)
     assert claim_of(less)[0] != recipe
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import fsspec  # type: ignore[import-untyped]
 import pytest
 
-from pretrain import raw_source
+from pretrain import raw_files, raw_source
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.documents import Document, Reading, read_unit
 from pretrain.errors import ConfigError, ShardError
@@ -62,7 +62,7 @@ def data(tmp_path, texts):
 def prepare(data, vocab_size=VOCAB_SIZE):
     """What was said."""
     said: list[str] = []
-    prepare_source(data, vocab_size=vocab_size, may_be_larger=False, say=said.append)
+    prepare_source(data, StorageConfig(), vocab_size=vocab_size, may_be_larger=False, say=said.append)
     return said
 
 
@@ -144,7 +144,7 @@ def test_a_damaged_file_stops_or_is_counted_as_the_policy_says(data, tmp_path):
     assert any("1 damaged" in line for line in prepare(dataclasses.replace(data, on_bad_shard="skip")))
 
 
-def test_a_hub_without_checksums_is_read_once_and_its_versions_tell(texts, tmp_path):
+def test_a_hub_without_checksums_is_read_once_and_its_versions_tell(texts, tmp_path, monkeypatch):
     """hf:// is one of fsspec's file systems; here it is one in memory, by the same store."""
     url = f"memory://{secrets.token_hex(4)}/en"
     fs, root = fsspec.url_to_fs(url)
@@ -156,6 +156,16 @@ def test_a_hub_without_checksums_is_read_once_and_its_versions_tell(texts, tmp_p
     assert len(files) == 2 and all(file.identity == f"version {file.generation}" for file in files)
     found = [each for unit in cut_units(files, 1 << 20) for each in read_unit(unit, Reading())]
     assert [each.text for each in found if isinstance(each, Document)] == texts[: len(found)]
+    patience = []  # listed and fetched as the settings say
+
+    def open_and_note(url, storage):
+        patience.append(storage)
+        return open_store(url, storage)
+
+    monkeypatch.setattr(raw_files, "open_store", open_and_note)
+    patient = StorageConfig(deadline_s=1234.0)
+    listed, _ = list_inputs("", [f"{url}/c4-train.00000-of-01024.json.gz"], storage=patient)
+    assert list(read_unit(cut_units(listed, 1 << 20)[0], Reading())) and patience == [patient, patient]
     fs.pipe_file(f"{root}/{files[0].key}", gzip.compress(b'{"text": "another"}\n'))
     with pytest.raises(ShardError, match="changed since it was listed"):
         list(read_unit(cut_units(files, 1 << 20)[0], Reading()))

@@ -12,11 +12,13 @@ import psutil
 import pytest
 
 from pretrain import failpoints, raw_worker
+from pretrain.config import StorageConfig
 from pretrain.errors import ShardError, StorageError
 from pretrain.raw_source import folder_of, is_claimed
 from pretrain.raw_worker import RawWorker
 from tests.unit.test_raw_source import VOCAB_SIZE, data, texts  # noqa: F401 - fixtures
 
+STORAGE = StorageConfig(deadline_s=0.2, max_backoff_s=0.01)
 HOW = {"vocab_size": VOCAB_SIZE, "may_be_larger": False, "rank": 0}
 
 
@@ -27,7 +29,7 @@ def ended(worker: RawWorker) -> RawWorker:
 
 
 def test_it_prepares_says_so_and_ends(data):  # noqa: F811
-    worker = ended(RawWorker(data, **HOW))
+    worker = ended(RawWorker(data, STORAGE, **HOW))
     assert worker.failure is None and worker.arrived > 0
     assert (folder_of(data) / "shards" / "manifest.json").exists()
     worker.close()
@@ -37,13 +39,13 @@ def test_its_death_is_a_failure_and_its_end_by_its_parent_is_none(data, monkeypa
     monkeypatch.setenv(failpoints.VARIABLE, "prepare.after_journal:1:hang")
     data = dataclasses.replace(data, raw_shard_tokens=1000)
     for is_killed in (True, False):
-        worker = RawWorker(data, **HOW)
+        worker = RawWorker(data, STORAGE, **HOW)
         assert worker.claimed.wait(60) and is_claimed(folder_of(data))
         process = psutil.Process(worker._process.pid)
         process.send_signal(signal.SIGTERM)  # to all processes of a job, say: it is not for this one to obey
         children = process.children(recursive=True)
         if is_killed:
-            other = RawWorker(data, **HOW)  # of another run: it finds what is decided, and waits for the first
+            other = RawWorker(data, STORAGE, **HOW)  # of another run: it finds what is decided, and waits for the first
             assert other.claimed.wait(60) and other.failure is None and other._process.poll() is None
             other.close()
             process.kill()
@@ -59,10 +61,12 @@ def test_its_death_is_a_failure_and_its_end_by_its_parent_is_none(data, monkeypa
     [
         ({"source": "no/such/*.json.gz"}, ShardError, r"no raw text behind .*no/such"),
         ({"cache_dir": "/proc/x"}, StorageError, r"/proc/x/prepared-.* can't be written"),
+        ({"source": "gs://away/*.json.gz"}, StorageError, r"list gs://away: gave up .*storage.deadline_s"),
     ],
 )
-def test_what_it_meets_is_the_same_error_here(data, changes, error, says):  # noqa: F811
-    worker = ended(RawWorker(dataclasses.replace(data, **changes), **HOW))
+def test_what_it_meets_is_the_same_error_here(data, changes, error, says, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")  # nobody is there
+    worker = ended(RawWorker(dataclasses.replace(data, **changes), STORAGE, **HOW))
     assert type(worker.failure) is error
     with pytest.raises(error, match=says):
         raise worker.failure
@@ -70,7 +74,7 @@ def test_what_it_meets_is_the_same_error_here(data, changes, error, says):  # no
 
 
 def test_one_whose_parent_has_gone_does_nothing(data):  # noqa: F811
-    request = {**HOW, "parent": 1, "data": dataclasses.asdict(data)}
+    request = {**HOW, "parent": 1, "data": dataclasses.asdict(data), "storage": dataclasses.asdict(STORAGE)}
     words = [sys.executable, "-m", raw_worker.__name__]
     ended = subprocess.run(words, input=json.dumps(request).encode(), cwd=raw_worker.ROOT, capture_output=True)
     assert (ended.returncode, ended.stdout) == (1, b"") and not folder_of(data).exists()
