@@ -8,7 +8,6 @@ Where data.cache_gb bounds the cache, tokens may go to make room for others (`ro
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from typing import IO
 
 import numpy as np
 
+from pretrain import log
 from pretrain.config import DataConfig
 from pretrain.errors import ConfigError, ShardError, StorageError
 from pretrain.failpoints import failpoint
@@ -28,6 +28,9 @@ from pretrain.files import (
     PART_SUFFIX,
     CheckedWriter,
     crc32c_of_file,
+    crc32c_of_open,
+    digest,
+    disk_explained,
     free_disk_bytes,
     make_writable,
     new_file,
@@ -38,12 +41,13 @@ from pretrain.room import BUILDING, RECORD, TOKENS, FileLock, Room, is_at, lock,
 from pretrain.storage import LocalStore, ObjectInfo, ObjectStore
 
 CACHE_FORMAT = 1  # part of every key: raise it when a shard's tokens would be read or written differently
-LEFTOVER_AGE_S = 86400.0
 ESTIMATED_INFLATION = 1.5  # raw tokens per compressed byte, where no manifest says how many there are
 PATIENCE_S = 1800.0  # for another process that fetches the same shard; it takes seconds to minutes
 POLL_S = 0.2
 
 OnBytes = Callable[[int], None]
+
+logger = log.get(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,7 @@ class ShardCache:
         self.vocab_size = vocab_size
         self.manifest = manifest
         self.entries: dict[str, ShardEntry] = {entry.name: entry for entry in manifest.shards} if manifest else {}
+        self._compared: set[tuple[Path, int]] = set()  # tokens whose checksum this process has compared, with the inode
 
     def path(self, info: ObjectInfo, suffix: str) -> Path:
         key = digest([CACHE_FORMAT, info.name, info.size, info.crc32c, info.generation, self.pad_token_id])[:16]
@@ -209,7 +214,7 @@ class ShardCache:
         return FileLock.take(self.path(info, BUILDING))
 
     def hold(self, info: ObjectInfo) -> Hold | None:
-        """Its tokens, mapped and held; None where they are not here."""
+        """Its tokens, mapped and held; None where they are not here, or not as they were: that is compared once."""
         record, path = self.record(info), self.path(info, TOKENS)
         if record is None or not path.exists():
             return None
@@ -221,6 +226,14 @@ class ShardCache:
         if not is_at(file.fileno(), path) or os.fstat(file.fileno()).st_size != record.n_bytes:
             file.close()
             return None
+        key = path, os.fstat(file.fileno()).st_ino
+        if key not in self._compared and (found := crc32c_of_open(file)) != record.crc32c:
+            file.close()
+            logger.warning("%s has crc32c %s instead of %s: the shard is read again", path, found, record.crc32c)
+            with disk_explained(path.parent):
+                path.unlink(missing_ok=True)
+            return None
+        self._compared.add(key)
         with suppress(PermissionError):
             os.utime(file.fileno())  # the time of its last use
         return Hold(file, record)
@@ -335,15 +348,3 @@ class ShardCache:
                 f"at the same time, {least / 1e9:.3g} GB",
                 f"Set --data.cache_gb to {least / 1e9 * 1.05:.2g} or more, or lower --data.shuffle_shards",
             )
-
-    def remove_leftovers(self) -> None:
-        """Delete temporary files of processes that were killed more than a day ago."""
-        for path in self.folder.glob(f".*{PART_SUFFIX}"):
-            with suppress(FileNotFoundError):
-                if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
-                    path.unlink()
-
-
-def digest(key: object) -> str:
-    """A hash of a JSON-like value."""
-    return hashlib.sha256(json.dumps(key).encode()).hexdigest()

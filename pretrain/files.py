@@ -6,7 +6,9 @@ import base64
 import contextlib
 import errno
 import fcntl
+import hashlib
 import io
+import json
 import os
 import secrets
 import shutil
@@ -30,16 +32,26 @@ _UNUSABLE = frozenset(
 
 def crc32c_of_file(path: Path) -> str:
     """The file's crc32c, as GCS writes it. Raises OSError."""
-    checksum = google_crc32c.Checksum()
     with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            checksum.update(block)
+        return crc32c_of_open(file)
+
+
+def crc32c_of_open(file: IO[bytes]) -> str:
+    """The crc32c of what is still to be read of a file, as GCS writes it. Raises OSError."""
+    checksum = google_crc32c.Checksum()
+    while block := file.read(BLOCK_BYTES):
+        checksum.update(block)
     return base64.b64encode(checksum.digest()).decode()
 
 
 def crc32c_of_bytes(data: bytes) -> str:
     """The crc32c of `data`, as GCS writes it."""
     return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+
+
+def digest(key: object) -> str:
+    """A hash of a JSON-like value."""
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
 
 def free_disk_bytes(folder: Path) -> int:

@@ -12,13 +12,13 @@ from datetime import datetime, timezone
 from typing import Any
 
 from pretrain.batches import Position
-from pretrain.cache import digest
 from pretrain.checkpoint import CheckpointReader
 from pretrain.checkpoint_manifest import CheckpointName
 from pretrain.config import DataConfig
 from pretrain.divergence import Watch
 from pretrain.engine.base import EngineState
 from pretrain.errors import CheckpointError
+from pretrain.files import digest
 from pretrain.history import LossTracker
 from pretrain.mixture import position_from, shares
 from pretrain.shards import ShardSet

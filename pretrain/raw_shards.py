@@ -20,7 +20,7 @@ from pretrain.files import make_writable
 from pretrain.manifest import MANIFEST_NAME, DataManifest, ShardEntry
 from pretrain.parts import token_dtype
 from pretrain.raw_source import claim_of, folder_of, not_prepared, prepared
-from pretrain.room import TOKENS
+from pretrain.room import TOKENS, remove_leftovers
 from pretrain.shard_feed import GrowingFeed
 from pretrain.shard_writer import SPLITS, closed_shards
 from pretrain.shards import ShardSet, read_manifest
@@ -59,7 +59,7 @@ def open_made(
     cache = ShardCache(store, shards, vocab_size, None)
     make_writable(cache.folder, "--data.cache_dir")
     if local_rank == 0:
-        cache.remove_leftovers()
+        remove_leftovers(cache.folder)
     shard_bytes, n_shards = data.raw_shard_tokens * token_dtype(vocab_size).itemsize, data.shuffle_shards + 1
     cache.check_bound(n_shards, n_shards * shard_bytes)
     look = _Look(data, cache, is_in_work)

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
-from pretrain.cache import digest
 from pretrain.config import DataConfig, StorageConfig
 from pretrain.encoders import open_encoder
 from pretrain.errors import ConfigError, ShardError
+from pretrain.files import digest
 from pretrain.manifest import DataManifest
 from pretrain.preparation import FORMAT, Preparation, Watcher, prepare
 from pretrain.raw_files import list_inputs

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pretrain.files import disk_problem
 TOKENS, RECORD, BUILDING = ".bin", ".json", ".lock"
 SOURCE_FOLDER = re.compile(r"[0-9a-f]{16}")
 ROOM_LOCK = ".room.lock"
+LEFTOVER_AGE_S = 86400.0
 
 logger = log.get(__name__)
 
@@ -189,6 +191,14 @@ class Room:
             yield
         finally:
             os.close(descriptor)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files of processes that were killed more than a day ago."""
+    for path in folder.glob(f".*{files.PART_SUFFIX}"):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > LEFTOVER_AGE_S:
+                path.unlink()
 
 
 def unfinished(building: Path) -> str:

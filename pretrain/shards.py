@@ -23,11 +23,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 
 from pretrain import log
-from pretrain.cache import Shard, ShardCache, digest
+from pretrain.cache import Shard, ShardCache
 from pretrain.config import DataConfig
 from pretrain.errors import ShardError, StorageError
+from pretrain.files import digest
 from pretrain.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, DataManifest
-from pretrain.room import TOKENS
+from pretrain.room import TOKENS, remove_leftovers
 from pretrain.shard_feed import ShardFeed, StreamedShard
 from pretrain.storage import ObjectInfo, ObjectStore
 
@@ -166,7 +167,7 @@ def _find(
         manifest.check_vocab_size(vocab_size, f"{store.url.rstrip('/')}/{MANIFEST_NAME}", may_be_larger)
     cache = ShardCache(store, data, vocab_size, manifest)
     if local_rank == 0:
-        cache.remove_leftovers()
+        remove_leftovers(cache.folder)
     missing = missing_shards(manifest, objects, data.pattern, data.max_files)
     if missing and data.on_bad_shard == "stop":
         raise ShardError(

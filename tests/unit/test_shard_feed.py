@@ -19,7 +19,7 @@ from pretrain import shard_feed
 from pretrain.batches import Batches, Position
 from pretrain.config import DataConfig
 from pretrain.errors import ConfigError, ShardError, StorageError
-from pretrain.files import crc32c_of_file
+from pretrain.files import crc32c_of_file, crc32c_of_open
 from pretrain.manifest import DataManifest, ShardEntry
 from pretrain.room import Room
 from pretrain.shard_feed import FeedClosed
@@ -127,6 +127,43 @@ def test_nothing_is_fetched_before_it_is_wanted_and_then_in_the_order_of_its_tur
     assert found.shards[2].tokens()[:3].tolist() == [2000, 2001, 2002]
     until(lambda: len(bucket.downloaded) == 4)
     assert bucket.downloaded == [name_of(index) for index in (5, 2, 7, 0)]
+    found.feed.close()
+
+
+@pytest.mark.parametrize("at", [0, 999, -1])
+def test_a_bit_that_has_turned_in_the_cache_is_never_trained_on(source, data, caplog, at):
+    def read(bucket):
+        _, found = opened(source, data, bucket=bucket)
+        found.feed.want([3], [])
+        tokens, path = found.shards[3].tokens().tolist(), found.shards[3].path
+        found.feed.close()
+        return tokens, path
+
+    first, again = Bucket(source), Bucket(source)
+    tokens, path = read(first)
+    turned = bytearray(path.read_bytes())
+    turned[at] ^= 4
+    path.write_bytes(turned)
+    assert read(again) == (tokens, path)
+    assert first.downloaded == again.downloaded == [name_of(3)]
+    assert f"{path} has crc32c" in caplog.text
+    read(again)
+    assert again.downloaded == [name_of(3)]
+
+
+def test_the_checksum_of_a_shards_tokens_is_compared_once(source, data, monkeypatch):
+    compared = []
+
+    def count(file):
+        compared.append(file.name)
+        return crc32c_of_open(file)
+
+    monkeypatch.setattr(cache_module, "crc32c_of_open", count)
+    _, found = opened(source, data)
+    for wanted in ([1], [2], [1], [2]):
+        found.feed.want(wanted, [])
+        assert len(found.shards[wanted[0]].tokens()) == TOKENS
+    assert len(compared) == 2
     found.feed.close()
 
 
