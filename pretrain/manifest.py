@@ -49,6 +49,8 @@ class DataManifest:
     shards: tuple[ShardEntry, ...]
     unigram_entropy: float | None = None
     """Nats per validation token under the unigram frequencies of the training tokens: what a model must beat."""
+    pad_token_id: int = -1
+    """The padding that is not counted; -1: none."""
 
     @property
     def n_tokens(self) -> int:
@@ -56,7 +58,10 @@ class DataManifest:
 
     def to_json(self) -> str:
         """The text of manifest.json; equal manifests give equal bytes."""
-        return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        tree = dataclasses.asdict(self)
+        if self.pad_token_id < 0:  # nearly always: such manifests stay as they were before this field
+            del tree["pad_token_id"]
+        return json.dumps(tree, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = MANIFEST_NAME) -> DataManifest:
@@ -82,6 +87,7 @@ class DataManifest:
             eot_id=fields.count("eot_id") if fields.has("eot_id") else None,
             shards=_entries(fields.items("shards"), source),
             unigram_entropy=entropy,
+            pad_token_id=fields.count("pad_token_id") if fields.has("pad_token_id") else -1,
         )
 
     def check_vocab_size(self, vocab_size: int, source: str, may_be_larger: bool = False) -> None:

@@ -274,7 +274,7 @@ class Stager:
         except ShardError as error:
             self.console.print(f"every shard is opened again: {error.what}")
             return {}
-        if manifest.vocab_size != self.vocab_size:
+        if (manifest.vocab_size, manifest.pad_token_id) != (self.vocab_size, self.options.pad_token_id):
             return {}
         return {(entry.name, entry.crc32c): entry for entry in manifest.shards}
 
@@ -285,6 +285,7 @@ class Stager:
             source or DataManifest(tokenizer="", vocab_size=0, eot_id=None, shards=()),
             vocab_size=self.vocab_size,
             shards=entries,
+            pad_token_id=self.options.pad_token_id,
         )
         if source and set(source.shards) != set(entries):
             chosen = {info.name for info in self.objects}

@@ -188,7 +188,16 @@ def test_verified_shards_are_opened_again_only_when_asked(source, tmp_path, monk
         return read_npz(path, **options)
 
     monkeypatch.setattr(download_data, "read_npz", counted)
-    for arguments, expected in (([], 4), ([], 0), (["--verify"], 4), (["--vocab_size", "99"], 4)):
+    padded = ["--pad_token_id", "3"]
+    for arguments, expected in (
+        ([], 4),
+        ([], 0),
+        (["--verify"], 4),
+        (padded, 4),
+        (padded, 0),
+        ([], 4),
+        (["--vocab_size", "99"], 4),
+    ):
         opened.clear()
         assert download(source, tmp_path / "data", *arguments) == 0
         assert len(opened) == expected
