@@ -4,8 +4,8 @@
 
 Nested folders are kept. A shard whose size and crc32c are right already is not fetched again. Each new one is opened
 and read to its end, every bad one is named, and only when all are good is OUTPUT_DIR/manifest.json written: the
-source's, where it says what was found. Exit codes: 0 all shards are there and good, 2 wrong settings, 3 bad or missing
-shards, 4 storage.
+source's, where it says what was found. --verify_only looks at what is there in the same way, and writes nothing.
+Exit codes: 0 all shards are there and good, 2 wrong settings, 3 bad or missing shards, 4 storage.
 """
 
 from __future__ import annotations
@@ -87,6 +87,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--pad_token_id", type=int, default=-1, help="as data.pad_token_id of train.py (-1: none)")
     parser.add_argument("--verify", action="store_true", help="open again also the shards that an earlier run verified")
+    parser.add_argument(
+        "--verify_only", action="store_true", help="compare what is there with the source and open it; write nothing"
+    )
     parser.add_argument("--dry_run", action="store_true", help="say what would be done, and do nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout, all else to stderr")
     return parser.parse_args(argv)
@@ -139,7 +142,7 @@ class Stager:
             self.source_manifest.check_vocab_size(options.vocab_size, f"{store.url}/{MANIFEST_NAME}")
         declared = self.source_manifest.vocab_size if self.source_manifest else 0
         self.vocab_size = options.vocab_size or declared
-        self.verified = {} if options.verify else self._verified_before()
+        self.verified = {} if options.verify or options.verify_only else self._verified_before()
 
     def plan(self) -> Staged:
         """Say what a run would do."""
@@ -156,22 +159,25 @@ class Stager:
         return Staged(len(self.objects) + len(missing), 0, n_bytes, 0, missing)
 
     def stage(self) -> Staged:
-        """Download, verify and write the manifest.
+        """Download, verify and write the manifest; with --verify_only nothing but verify.
 
         Raises:
             StorageError: no room, or the source or the folder can't be used; what was complete stays.
         """
         self.console.print(self.store.describe())
-        self._check_room()
+        writes = not self.options.verify_only
+        if writes:
+            self._check_room()
         entries, bad, downloaded = self._stage_all()
         n_bytes = sum(info.size for info in self.objects)
         n_tokens = sum(entry.tokens for entry in entries)
         missing = self._missing()
         bad += missing
         staged = Staged(len(self.objects) + len(missing), n_tokens, n_bytes, downloaded, tuple(bad))
-        if not bad:
+        if not bad and writes:
             self._stage_tokenizer()
             self._write_manifest(tuple(entries))
+        if not bad:
             self.console.print(
                 f"{len(entries)} shards in {self.folder}: {n_tokens:,} tokens, {gib(n_bytes)}, all verified, "
                 f"{downloaded} downloaded now"
@@ -239,7 +245,11 @@ class Stager:
         """(the shard's entry, whether it was downloaded now). Raises ShardError where it is bad."""
         path = self._path(info)
         crc32c = info.crc32c or self._known_crc32c(info)
-        fetched = not crc32c or not _has_size(path, info.size) or crc32c_of_file(path) != crc32c
+        is_damaged = not _has_size(path, info.size) or (bool(crc32c) and crc32c_of_file(path) != crc32c)
+        if is_damaged and self.options.verify_only:
+            found = "not what is stored" if path.exists() else "not there"
+            raise ShardError(f"shard {path} is {found}", "Without --verify_only this command fetches it")
+        fetched = (is_damaged or not crc32c) and not self.options.verify_only  # no checksum: nothing vouches for it
         if fetched:
             crc32c = self.store.download(info.name, path, progress.add_bytes).crc32c or crc32c
         else:

@@ -203,6 +203,24 @@ def test_verified_shards_are_opened_again_only_when_asked(source, tmp_path, monk
         assert len(opened) == expected
 
 
+def test_what_is_there_is_verified_alone_and_nothing_is_written(source, tmp_path, capsys, monkeypatch):
+    target = tmp_path / "data"
+    assert download(source, target, "--verify_only") == 3
+    assert capsys.readouterr().err.count("is not there. Without --verify_only this command fetches it") == 4
+    assert not target.exists()
+    assert download(source, target) == 0
+    (target / "manifest.json").unlink()
+    staged = content(target)
+    assert download(source, target, "--verify_only") == 0
+    assert "206 tokens" in capsys.readouterr().out
+    (target / "s_0.npz").write_bytes(staged["s_0.npz"][:-1] + b"?")
+    (target / "s_1.npz").unlink()
+    assert download(source, target, "--verify_only") == 3
+    told = capsys.readouterr().err
+    assert f"{target / 's_0.npz'} is not what is stored" in told and f"{target / 's_1.npz'} is not there" in told
+    assert set(staged) - set(content(target)) == {"s_1.npz"}
+
+
 def test_every_bad_shard_is_named_in_one_go_and_no_manifest_is_written(source, tmp_path, capsys):
     (source / "s_0.npz").write_bytes(b"torn")
     np.savez(source / "part" / "s_3.npz", input_ids=np.ones(3))
