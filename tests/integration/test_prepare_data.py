@@ -40,8 +40,14 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, arguments)]
 
 
-def start(folder: Path, *arguments: object) -> StartedProcess:
-    return StartedProcess(folder, command(*arguments), plain_environment())
+def start(folder: Path, *arguments: object, failpoint: str = "") -> StartedProcess:
+    environment = plain_environment(PRETRAIN_FAILPOINT=failpoint) if failpoint else plain_environment()
+    return StartedProcess(folder, command(*arguments), environment)
+
+
+def until_stopped(process: StartedProcess) -> None:
+    """Wait until its failpoint has stopped the main process."""
+    process.until(lambda: psutil.Process(process.process.pid).status() == psutil.STATUS_STOPPED, "the failpoint")
 
 
 def run(folder: Path, *arguments: object) -> str:
@@ -72,13 +78,13 @@ def test_kills_and_workers_leave_no_trace_in_the_bytes(workers, source, prepared
     """kill -9 to the main process alone, twice: its workers end by themselves, and the third start ends the work."""
     arguments = ("--input_dir", source, "--output_dir", "out", "--num_workers", workers, *OPTIONS)
     work = tmp_path / "out" / ".prepare"
-    moments = (
-        lambda: len(list(work.glob("parts/*.json"))) >= 2,  # some parts are done, perhaps nothing is cut yet
-        lambda: len(list(work.glob("parts/*.json"))) + len(list((tmp_path / "out" / "shards").glob("*.npz"))) >= 8,
-    )
-    for moment in moments:
-        with start(tmp_path, *arguments) as process:
-            process.until(moment)
+    for some_parts in (True, False):
+        # None gets past its first journal, so that there is always something left.
+        with start(tmp_path, *arguments, failpoint="prepare.after_journal:1:stop") as process:
+            if some_parts:  # are done, perhaps nothing is cut yet
+                process.until(lambda: len(list(work.glob("parts/*.json"))) >= 2)
+            else:
+                until_stopped(process)
             process.signal(signal.SIGKILL)
             process.until_all_gone()
         assert not (tmp_path / "out" / "metadata.json").exists()
@@ -104,7 +110,7 @@ def test_the_counts_add_up_in_what_is_printed(source, prepared, tmp_path):
 
 def test_a_stop_signal_ends_it_in_order_and_the_same_command_goes_on(source, prepared, tmp_path):
     arguments = ("--input_dir", source, "--output_dir", "out", "--num_workers", 1, *OPTIONS)
-    with start(tmp_path, *arguments) as process:
+    with start(tmp_path, *arguments, failpoint="prepare.after_journal:1:hang") as process:
         process.until(lambda: list((tmp_path / "out" / ".prepare").glob("parts/*.json")))
         process.signal(signal.SIGTERM)
         ended = process.wait()
@@ -116,15 +122,16 @@ def test_a_stop_signal_ends_it_in_order_and_the_same_command_goes_on(source, pre
 
 
 def test_a_worker_that_is_killed_is_an_error_and_the_next_start_goes_on(source, prepared, tmp_path):
-    arguments = ("--input_dir", source, "--output_dir", "out", "--num_workers", 2, *OPTIONS)
-    with start(tmp_path, *arguments) as process:
-        process.until(lambda: list((tmp_path / "out" / ".prepare").glob("parts/*.json")))
-        workers = [
+    arguments = ("--input_dir", source, "--output_dir", "out", "--num_workers", 1, *OPTIONS)
+    with start(tmp_path, *arguments, failpoint="prepare.after_journal:1:stop") as process:
+        until_stopped(process)  # units are left that the worker was not given yet
+        [worker] = [
             child
             for child in psutil.Process(process.process.pid).children(recursive=True)
             if "spawn_main" in " ".join(child.cmdline())
         ]
-        workers[0].kill()
+        worker.kill()
+        process.signal(signal.SIGCONT)
         ended = process.wait()
         process.until_all_gone()
     assert ended.code == 4 and "storage error: a worker process was killed" in ended.output

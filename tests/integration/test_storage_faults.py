@@ -43,6 +43,12 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def assert_asked(fault_proxy: FaultProxy, fault: str, expected: dict[str, int]) -> None:
+    """So many requests came; where one second without an answer is a failed try, a slow machine may add some."""
+    counts = {match: fault_proxy.count(match) for match in expected}
+    assert counts == expected or (fault == "stall" and all(counts[match] >= expected[match] for match in counts))
+
+
 @pytest.mark.parametrize("fault", [*ANSWERS, *BREAKS, "corrupt"])
 def test_a_download_survives(fault: str, store: ObjectStore, fault_proxy: FaultProxy, tmp_path: Path) -> None:
     store.create("x", SMALL)
@@ -60,7 +66,7 @@ def test_a_download_survives(fault: str, store: ObjectStore, fault_proxy: FaultP
     assert target.read_bytes() == SMALL
     assert info.size == sum(arrived) == len(SMALL)
     assert not any(visible)
-    assert (fault_proxy.count(STAT), fault_proxy.count(DOWNLOAD), fault_proxy.count()) == (1, 3, 4)
+    assert_asked(fault_proxy, fault, {STAT: 1, DOWNLOAD: 3, "": 4})
     assert files_in(tmp_path) == ["x"]
 
 
@@ -79,7 +85,8 @@ def test_an_upload_survives(fault: str, size: str, store: ObjectStore, fault_pro
 def test_a_create_survives(fault: str, store: ObjectStore, fault_proxy: FaultProxy) -> None:
     fault_proxy.inject(fault, UPLOAD, times=2)
     assert store.create("commit", SMALL).size == len(SMALL)
-    assert (fault_proxy.count(UPLOAD), fault_proxy.pending()) == (3, 0)
+    assert fault_proxy.pending() == 0
+    assert_asked(fault_proxy, fault, {UPLOAD: 3})
     assert store.read_bytes("commit") == SMALL
 
 
@@ -99,7 +106,7 @@ def test_a_listing_survives(fault: str, store: ObjectStore, fault_proxy: FaultPr
         store.create(name, b"x")
     fault_proxy.inject(fault, LIST, times=2)
     assert [info.name for info in store.list()] == names
-    assert fault_proxy.count(LIST) == 3
+    assert_asked(fault_proxy, fault, {LIST: 3})
 
 
 @pytest.mark.parametrize("fault", [*ANSWERS, *BREAKS])
@@ -108,7 +115,7 @@ def test_a_delete_survives(fault: str, store: ObjectStore, fault_proxy: FaultPro
     fault_proxy.inject(fault, "DELETE", times=1)
     store.delete("x")
     assert store.stat("x") is None
-    assert fault_proxy.count("DELETE") == 2
+    assert_asked(fault_proxy, fault, {"DELETE": 2})
 
 
 @pytest.mark.parametrize("status", ["401", "403", "404", "400"])

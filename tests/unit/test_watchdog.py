@@ -16,12 +16,20 @@ from pretrain.watchdog import Watchdog, watch
 
 ROOT = Path(__file__).resolve().parents[2]
 HANGS = """
-import sys, threading
+import sys, threading, time, types
 from pathlib import Path
 from pretrain import log, watchdog
 
 log.setup(3, None)
 watchdog.OTHERS_S = 0.3
+
+def until_said():  # have the end wait for its line: a busy machine may take longer for it than OTHERS_S
+    def wait(_seconds):
+        for thread in threading.enumerate():
+            if thread.name == "last words":
+                thread.join()
+    watchdog.time = types.SimpleNamespace(sleep=wait, strftime=time.strftime)
+
 threading.Thread(target=threading.Event().wait, name="another", daemon=True).start()
 
 def the_step_that_hangs():
@@ -121,7 +129,7 @@ def run_hung(folder: Path, how: str, *arguments: str) -> subprocess.CompletedPro
 
 def test_a_hung_process_writes_its_stacks_says_so_and_aborts(tmp_path):
     (tmp_path / "stacks-rank3.txt").write_text("an earlier hang\n")
-    ended = run_hung(tmp_path, "threading.Event().wait()")
+    ended = run_hung(tmp_path, "until_said(); threading.Event().wait()")
     assert ended.returncode == -signal.SIGABRT, ended.stderr
     stacks = (tmp_path / "stacks-rank3.txt").read_text()
     assert stacks.startswith("an earlier hang\n") and "after step 41" in stacks
@@ -136,7 +144,7 @@ def test_a_console_that_hangs_does_not_hold_up_the_end(tmp_path):
 
 
 def test_stacks_that_cannot_be_written_are_printed(tmp_path):
-    ended = run_hung(tmp_path / "missing", "threading.Event().wait()")
+    ended = run_hung(tmp_path / "missing", "until_said(); threading.Event().wait()")
     assert ended.returncode == -signal.SIGABRT
     assert "in the_step_that_hangs" in ended.stderr and "No such file or directory" in ended.stdout
 
