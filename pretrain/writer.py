@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 
 from tokenizers import Tokenizer
 
@@ -89,13 +92,18 @@ class Writer:
         """
 
         def on_token(row: int, token: int, ends: bool) -> bool:
+            if pressed:
+                raise KeyboardInterrupt
             self.n_tokens += 1
             show(row, samples[row].take(token, ends, sampling.stop_ids, self.context))
             return bool(samples[row].ended_by)
 
         started = time.monotonic()
         try:
-            generate(self.pretrained.model, [sample.ids for sample in samples], sampling, on_token)
+            with _noting_ctrl_c() as pressed:
+                generate(self.pretrained.model, [sample.ids for sample in samples], sampling, on_token)
+            if pressed:
+                raise KeyboardInterrupt
         except KeyboardInterrupt:
             for row, sample in enumerate(samples):
                 if not sample.ended_by:
@@ -113,3 +121,26 @@ class Writer:
     def rate(self) -> str:
         """Tokens per second, in words."""
         return f"{self.n_tokens:,} tokens in {self.seconds:.2f} s: {self.tokens_per_second:,.1f} tokens/s"
+
+
+@contextlib.contextmanager
+def _noting_ctrl_c() -> Iterator[list[int]]:
+    """Note Ctrl+C instead of raising it from wherever it finds the interpreter: a library may swallow it there.
+
+    The second one is raised at once, for who won't wait for the next token.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield pressed
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

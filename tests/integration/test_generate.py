@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -313,6 +314,22 @@ def test_ctrl_c_while_the_checkpoint_is_read_is_one_line_and_130(run, monkeypatc
     monkeypatch.setattr("scripts.generate.load_pretrained", interrupted)
     assert main([str(run[0]), "--prompt", "x"]) == 130
     assert capsys.readouterr().err == "stopped by Ctrl+C\n"
+
+
+def test_ctrl_c_that_a_library_swallows_ends_the_text_all_the_same(run, monkeypatch, capsys):
+    def swallowing(model, prompts, sampling, on_token):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        on_token(0, 5, False)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr("pretrain.writer.generate", swallowing)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([str(run[0]), "--prompt", "x"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(tmp_path, talk):
