@@ -38,6 +38,7 @@ from pretrain.communication import address_towards
 from pretrain.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNEXPECTED, ConfigError, TrainerError
 from pretrain.processes import LAUNCHER_PID
 from pretrain.rendezvous import BACKEND, NodesRendezvous, register
+from pretrain.reports import end_at_once
 from pretrain.stopping import SIGNALS, is_nohup
 
 ERROR_CODES = {kind.exit_code for kind in TrainerError.__subclasses__()} - {
@@ -225,4 +226,4 @@ def _report_rendezvous(error: Exception, where: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_at_once(main())  # a signal while the interpreter takes itself apart would be what is told of the run

@@ -200,7 +200,7 @@ ONLY: dict[str, set[str]] = {
     "uploads": {"archive", "checkpoint_manifest", "files", "storage"},
     "archive": {"checkpoint_manifest", "files"},
     "backlog": {"uploads"},
-    "launch": {"communication", "processes", "rendezvous", "stopping"},
+    "launch": {"communication", "processes", "rendezvous", "reports", "stopping"},
     "communication": set(),
     "ledger": set(),
     "phases": set(),
