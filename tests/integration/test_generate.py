@@ -223,9 +223,19 @@ class Terminal:
             *words,
         ]
         self._master, terminal = pty.openpty()
-        self.process = subprocess.Popen(
-            command, stdin=terminal, stdout=terminal, stderr=terminal, env=plain_environment(), start_new_session=True
-        )
+        # a shell that starts the tests in the background has them ignore Ctrl+C, and their children with them
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=terminal,
+                stdout=terminal,
+                stderr=terminal,
+                env=plain_environment(),
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, before)
         os.close(terminal)
         self.said = b""
 
