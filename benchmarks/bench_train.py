@@ -401,22 +401,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--configs", type=words, default=default, help=f"of {', '.join(shapes)} ({','.join(default)})")
     parser.add_argument("--precision", type=words, default=["bf16"], help=f"of {', '.join(PRECISIONS)} (bf16)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (5)")
-    parser.add_argument(
-        "--peers",
-        type=words,
-        nargs="?",
-        const=list(PEERS),
-        default=[],
-        help=f"others to run beside it: {', '.join(PEERS)}",
+    beside = (
+        ("--peers", PEERS, "others to run beside it"),
+        ("--engines", ENGINES, "our engines to run beside the plain one"),
     )
-    parser.add_argument(
-        "--engines",
-        type=words,
-        nargs="?",
-        const=list(ENGINES),
-        default=[],
-        help=f"our engines to run beside the plain one: {', '.join(ENGINES)}",
-    )
+    for option, names, what in beside:
+        parser.add_argument(
+            option, type=words, nargs="?", const=list(names), default=[], help=f"{what}: {', '.join(names)}"
+        )
     parser.add_argument("--eager", action="store_true", help="ours without torch.compile; not with --peers")
     parser.add_argument("--json", action="store_true", help="print one JSON object to stdout")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/DEVICE/train.json, engines.json")
