@@ -226,7 +226,7 @@ def test_where_nothing_verifies_a_resume_is_refused_and_never_starts_over(folder
     store, luck = store_of(bucket_url), dice("everything")
     for number, name in enumerate(info.name for info in store.list() if "/optimizer-" in info.name):
         damage_object(bucket_url, name, DAMAGES[number % 3], folder / "scratch", luck)
-    for number, path in enumerate(sorted((folder / "checkpoints" / RUN).glob("*/model-*"))):
+    for number, path in enumerate(sorted((folder / "checkpoints" / RUN).glob("checkpoint-*/model-*"))):
         DAMAGES[number % 3](path, luck)
     before = (folder / "logs" / RUN / "metrics.jsonl").read_bytes()
     names = [path.name for path in (folder / "checkpoints" / RUN).iterdir()]

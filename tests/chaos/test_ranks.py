@@ -36,7 +36,7 @@ LEGS = [(2, "deepspeed"), (4, "native"), (1, "deepspeed"), (2, "native"), (1, "n
 def positions(folder: Path) -> dict[int, Position]:
     """Where the data stood at every checkpoint that is left, by step."""
     found = {}
-    for path in (folder / "checkpoints" / RUN).glob("*/trainer_state.json"):
+    for path in (folder / "checkpoints" / RUN).glob("checkpoint-*/trainer_state.json"):
         progress = json.loads(path.read_text())["progress"]
         found[progress["step"]] = Position(**progress["position"])
     return found

@@ -146,11 +146,11 @@ def test_what_a_kill_of_the_launcher_kept_from_the_bucket_is_uploaded_by_the_nex
     fault_proxy.inject("stall", match="^POST .*upload", times=1_000_000, skip=1)  # the probe at the start passes
     saved = folder / "checkpoints" / RUN
     with TrainingProcess(folder, *options, ranks=2) as training:
-        training.until(lambda: len(list(saved.glob("*/manifest.json"))) == 4, "four local commits")
+        training.until(lambda: len(list(saved.glob("checkpoint-*/manifest.json"))) == 4, "four local commits")
         training.signal(signal.SIGKILL)
         training.until_all_gone()  # its ranks end with it: left behind, they would go on writing
     assert commits(bucket_url) == []
-    attempts = {path.parent.name: json.loads(path.read_text())["attempt"] for path in saved.glob("*/manifest.json")}
+    attempts = {path.parent.name: json.loads(path.read_text())["attempt"] for path in saved.glob("checkpoint-*/manifest.json")}
 
     fault_proxy.clear()
     resumed = train(folder, *options)

@@ -90,7 +90,7 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def test_a_stopped_rank_is_noticed_and_the_run_ends_as_if_nothing_had_happened(folder, undisturbed):
     with SupervisedTraining(folder) as training:
         ranks = training.until_ranks()
-        training.until(lambda: list(folder.glob("checkpoints/*/*/manifest.json")), "the first checkpoint")
+        training.until(lambda: list(folder.glob("checkpoints/*/checkpoint-*/manifest.json")), "the first checkpoint")
         ranks[1].suspend()
         training.until_said("restart 1 of 3")
         assert not ranks[1].is_running()
