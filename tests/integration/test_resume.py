@@ -150,7 +150,9 @@ def test_what_a_kill_of_the_launcher_kept_from_the_bucket_is_uploaded_by_the_nex
         training.signal(signal.SIGKILL)
         training.until_all_gone()  # its ranks end with it: left behind, they would go on writing
     assert commits(bucket_url) == []
-    attempts = {path.parent.name: json.loads(path.read_text())["attempt"] for path in saved.glob("checkpoint-*/manifest.json")}
+    attempts = {
+        path.parent.name: json.loads(path.read_text())["attempt"] for path in saved.glob("checkpoint-*/manifest.json")
+    }
 
     fault_proxy.clear()
     resumed = train(folder, *options)

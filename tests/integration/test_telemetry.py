@@ -41,7 +41,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment["PRETRAIN_FAILPOINT"] = "loop.before_step:15:hang"  # its threads write the save of step 10 meanwhile
     with TrainingProcess(folder, *options, environment=environment) as first:
         first.until_step(14)
-        first.until(lambda: list(folder.glob("checkpoints/*/checkpoint-*-step10-*/manifest.json")), "the save of step 10")
+        first.until(
+            lambda: list(folder.glob("checkpoints/*/checkpoint-*-step10-*/manifest.json")), "the save of step 10"
+        )
         first.until(
             lambda: 14 in [step for run in read_wandb(logs(folder)) for step, _ in run.points("train/loss")],
             "W&B's file",
