@@ -19,7 +19,7 @@ from pretrain.npz import read_npz
 from pretrain.shards import open_shards
 from pretrain.storage import open_store
 from tests.fault_proxy import FaultProxy
-from tests.runs import ROOT, SEQ_LEN, VOCAB_SIZE, TrainingProcess, losses, metrics, train
+from tests.runs import ROOT, SEQ_LEN, VOCAB_SIZE, TrainingProcess, losses, metrics, plain_environment, train
 
 GLOBAL_SIZE = 8
 N_SHARDS, TOKENS = 6, 1500
@@ -137,10 +137,13 @@ def test_killed_in_mid_epoch_with_shards_put_out_it_goes_on_bit_for_bit_and_fetc
     for folder in (whole, killed):
         folder.mkdir()
     assert train(whole, *options, ranks=ranks).code == 0
+    resumed = 0
     for step in kills:
-        with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks) as training:
+        held = plain_environment(PRETRAIN_FAILPOINT=f"loop.before_step:{step - resumed + 1}:hang")  # or it may be over
+        with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks, environment=held) as training:
             training.until_step(step)
             training.kill()
+        resumed = step // 10 * 10
     shutil.rmtree(killed / "cache")  # another machine
     fault_proxy.clear()
     with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks) as training:
