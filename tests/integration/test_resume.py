@@ -91,12 +91,13 @@ def test_a_run_killed_on_two_ranks_under_zero_2_resumes_as_if_it_never_was(folde
     options = (*ZERO2_BF16, "--max-steps", "60", "--checkpoint.every_steps", "7")
     undisturbed = another(folder, "undisturbed")
     here = ("--checkpoints", f"{bucket_url}/killed", "--resume", "auto")
+    held = plain_environment(PRETRAIN_FAILPOINT="loop.before_step:25:hang")  # or it may be over before it is killed
     with (
         TrainingProcess(undisturbed, *options, "--checkpoints", f"{bucket_url}/alone", ranks=2) as alone,
-        TrainingProcess(folder, *options, *here, ranks=2) as training,
+        TrainingProcess(folder, *options, *here, ranks=2, environment=held) as training,
     ):
-        committed = training.until(lambda: commits(f"{bucket_url}/killed"), "a commit")[-1]
-        training.until_step(committed + 3)
+        training.until(lambda: commits(f"{bucket_url}/killed"), "a commit")
+        training.until_step(24)
         training.kill()
         assert training.process.returncode == -signal.SIGKILL
         left_alone = alone.wait()
