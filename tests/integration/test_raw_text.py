@@ -137,8 +137,9 @@ def test_text_that_can_not_be_prepared_ends_both_ranks_with_one_line_after_a_sav
 
 def test_text_may_be_prepared_first_and_killed_meanwhile(tmp_path, options, whole, capsys):
     words = (*options, "--data.raw_ahead", "false", "--max-steps", "4")
-    with TrainingProcess(tmp_path, *words) as training:
-        training.until(lambda: list((tmp_path / "cache").rglob("*.tokens")), "tokens of the first unit")
+    with TrainingProcess(tmp_path, *words, environment=held_after(1)) as training:
+        training.until(training.is_stopped, "a file in shards")
+        assert list((tmp_path / "cache").rglob("*.tokens"))  # of the units that are taken
         training.kill()
     settings = ("--config", str(tiny_config(tmp_path)), *words, "--data.cache_dir", str(tmp_path / "cache"))
     assert inspect_data.main(["--step", "1", *settings]) == 3
