@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -219,8 +220,11 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(source, prepared
     with StartedProcess(tmp_path, command(*arguments), environment) as process:
 
         def at_work() -> list[psutil.Process]:
-            children = psutil.Process(process.process.pid).children(recursive=True)
-            return [child for child in children if "ray::_do_remote" in " ".join(child.cmdline())]
+            found = []
+            for child in psutil.Process(process.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # of those that Ray starts some end at once
+                    found += [child] if "ray::_do_remote" in " ".join(child.cmdline()) else []
+            return found
 
         worker, *_ = process.until(at_work, "a worker")
         worker.kill()
