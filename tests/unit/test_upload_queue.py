@@ -199,7 +199,7 @@ TWO_RANKS = """
         queue.wait()
         if me.rank == 1:
             queue.abandon()
-        queue._thread.join(60)  # the group's own patience is much longer
+        queue._thread.join(180)  # the group's own patience is much longer
         result["ended"] = not queue._thread.is_alive()
     result["committed"] = [m.name.step for m in queue.committed]
     print(json.dumps(result))
