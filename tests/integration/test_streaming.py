@@ -171,11 +171,12 @@ def test_a_signal_ends_the_wait_for_a_silent_bucket_and_the_wait_is_in_the_metri
     run.mkdir()
     fault_proxy.inject("stall", match=SHARD, skip=3, times=-1)  # step 17 is the first to read of the fourth
     options = ("--data", shards_url, "--max-steps", "20", "--data.prefetch_shards", "0", "--data.shuffle_shards", "1")
+    options += ("--storage.timeout_s", "1000")  # the request does not end by itself
     with TrainingProcess(run, *options) as training:
         training.until_step(16)
         training.until(lambda: fault_proxy.broken, "a stalled download")
         training.signal(signal.SIGTERM)
-        ended = training.wait(50)  # a stalled request is given up after a minute
+        ended = training.wait()
     assert ended.code == 75, ended.output
     fault_proxy.clear()
     fault_proxy.inject("503", match=SHARD, times=1)  # and asked again, a moment later
