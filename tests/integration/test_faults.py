@@ -24,6 +24,7 @@ from pretrain.manifest import DataManifest
 from pretrain.storage import ObjectStore
 from scripts.make_demo_data import entry_of
 from tests.runs import (
+    PATIENCE_S,
     ROOT,
     RUN,
     VOCAB_SIZE,
@@ -186,7 +187,7 @@ def test_the_embedded_buckets_port_in_use_is_named(tmp_path):
         command = [sys.executable, str(ROOT / "scripts" / "embedded_bucket.py"), "--root", str(tmp_path / "root")]
         command += ["--port", port, "--endpoint-file", str(tmp_path / "endpoint")]
         done = subprocess.run(
-            command, env=plain_environment(), capture_output=True, text=True, timeout=120, check=False
+            command, env=plain_environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
     assert_refused(Ended(done.returncode, done.stdout + done.stderr), 4, f"port {port}", "in use", "--port 0")
     assert not (tmp_path / "endpoint").exists()
