@@ -168,6 +168,10 @@ class StartedProcess:
                 raise AssertionError(f"{left} are left after {PATIENCE_S} s:\n{self.output}")
             time.sleep(0.01)
 
+    def is_stopped(self) -> bool:
+        """Whether the process that was started stands still, as by a failpoint."""
+        return self.process.poll() is None and psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED
+
     def freeze(self) -> None:
         """Stop every process of the tree where it is, the launcher first; `thaw` lets them go on."""
         for process in self._tree():

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import bench_train
 from pretrain.errors import ConfigError, TrainerError
+from tests.runs import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [sys.executable, str(ROOT / "benchmarks" / "bench_train.py"), "--configs", "tiny", "--json"]
@@ -23,7 +24,7 @@ def side(parameters: int = 10, first_loss: float = 5.5) -> SimpleNamespace:
 
 def test_ours_is_what_train_py_builds_and_is_saved_beside_other_rows(tmp_path):
     command = [*TINY, "--rounds", "2", "--eager", "--save"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode == 0, ended.stderr
     (path,) = tmp_path.glob("benchmarks/results/*/train.json")
     assert path.read_text() == ended.stdout
@@ -36,7 +37,7 @@ def test_ours_is_what_train_py_builds_and_is_saved_beside_other_rows(tmp_path):
     assert 0 < phases["forward_ms"] + phases["backward_ms"] + phases["optimizer_ms"] < phases["step_ms"]
     path.write_text(json.dumps({**tree, "rows": {"tiny fp32": row}}))
     again = subprocess.run(
-        [*command, "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        [*command, "--rounds", "1"], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False
     )
     assert list(json.loads(again.stdout)["rows"]) == ["tiny fp32", "tiny bf16"], again.stderr
 
@@ -44,7 +45,7 @@ def test_ours_is_what_train_py_builds_and_is_saved_beside_other_rows(tmp_path):
 @pytest.mark.slow
 def test_a_plain_loop_runs_beside_it(tmp_path):
     command = [*TINY, "--rounds", "1", "--peers", "plain"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
     assert ended.returncode in (0, 1), ended.stderr  # 1: a goal was missed, and that is no matter here
     found = json.loads(ended.stdout)["rows"]["tiny bf16"]["peers"]["plain"]
     assert found["documented"]["tokens_per_second"] > 0 and found["best"]["tokens_per_second"] > 0

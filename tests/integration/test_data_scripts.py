@@ -19,7 +19,7 @@ from pretrain.npz import read_npz
 from pretrain.shards import fetch_shards
 from pretrain.storage import open_store
 from scripts import download_data, make_demo_data
-from tests.runs import make_shards, train
+from tests.runs import PATIENCE_S, make_shards, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = ["--shards", "7", "--tokens", "70005", "--vocab_size", "1000"]
@@ -29,7 +29,7 @@ def run_script(name, *arguments, cwd):
     """A script as its own process, started from a folder that is not the repository's."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, str(REPOSITORY / "scripts" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def content(folder):

@@ -18,6 +18,7 @@ from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.shards import Shard
 from pretrain.uploads import list_commits
 from tests.runs import (
+    PATIENCE_S,
     RUN,
     SEQ_LEN,
     VOCAB_SIZE,
@@ -209,7 +210,7 @@ def test_a_kill_around_a_roll_back_changes_nothing(tmp_path, moment):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert_went_on(alone, train(alone, *options, environment=poisoned(poison)), 16)
     with TrainingProcess(killed, *options, environment=poisoned(f"{poison},{moment}")) as training:
-        training.process.wait(120)
+        training.process.wait(PATIENCE_S)
     assert training.process.returncode == -9, training.output
     if moment.startswith("loop.before_step"):
         state = trainer_state(killed)
@@ -240,7 +241,7 @@ def test_a_kill_while_a_save_takes_the_name_of_the_checkpoint_gone_back_to_loses
     make_one_shard(tmp_path)
     kill = f"{POISON_7_AND_8},{point}:4:kill"  # after steps 2, 4 and 6 the one of step 4, again
     with TrainingProcess(tmp_path, *AGAIN, "--no-background-upload", environment=poisoned(kill)) as training:
-        training.process.wait(120)
+        training.process.wait(PATIENCE_S)
     assert training.process.returncode == -9, training.output
     ended = train(tmp_path, *AGAIN, "--max-steps", "6")  # only what was whole is there, and nothing is saved yet
     assert ended.code == 0, ended.output

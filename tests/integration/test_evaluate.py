@@ -18,7 +18,7 @@ from pretrain.checkpoint_manifest import Manifest
 from pretrain.tokenizers import encode, load_tokenizer, save_tokenizer, train_bpe
 from scripts import evaluate
 from tests.helpers_training import upload_checkpoint
-from tests.runs import ROOT, RUN, SEQ_LEN, VOCAB_SIZE, metrics, plain_environment, store_of, train
+from tests.runs import PATIENCE_S, ROOT, RUN, SEQ_LEN, VOCAB_SIZE, metrics, plain_environment, store_of, train
 
 TEXTS = [f"def f_{i}(x):\n    return x + {i}  # grüße 🙂\n" for i in range(120)]
 
@@ -63,7 +63,9 @@ def test_the_loss_on_shards_is_that_of_trainings_own_validation(place):
     whole_windows = (n_tokens() - 1) // SEQ_LEN * SEQ_LEN
     command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), f"checkpoints/{RUN}", "--data", "val", "--json"]
     command += ["--max_tokens", str(whole_windows)]  # a training window is never cut
-    ran = subprocess.run(command, cwd=place, env=plain_environment(), capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        command, cwd=place, env=plain_environment(), capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout)
     (row,) = found["evaluations"]

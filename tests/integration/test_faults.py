@@ -24,6 +24,7 @@ from pretrain.manifest import DataManifest
 from pretrain.storage import ObjectStore
 from scripts.make_demo_data import entry_of
 from tests.runs import (
+    PATIENCE_S,
     ROOT,
     RUN,
     VOCAB_SIZE,
@@ -38,7 +39,7 @@ from tests.runs import (
 TRAIN_PY = str(ROOT / "train.py")
 KEY_IN_PROJECT = str(ROOT / "credentials" / "key.json")
 IMPATIENT = ("--storage.timeout_s", "1", "--storage.deadline_s", "30", "--storage.max_backoff_s", "0.02")
-GIVES_UP = ("--storage.timeout_s", "0.3", "--storage.deadline_s", "0.5", "--storage.max_backoff_s", "0.02")
+GIVES_UP = ("--storage.deadline_s", "0.5", "--storage.max_backoff_s", "0.02")  # once something has failed
 LISTING, STAT, DOWNLOAD, UPLOAD = r"GET \S+/o\?", r"GET /storage\S+/o/", "GET /download", "POST /upload"
 
 
@@ -186,7 +187,7 @@ def test_the_embedded_buckets_port_in_use_is_named(tmp_path):
         command = [sys.executable, str(ROOT / "scripts" / "embedded_bucket.py"), "--root", str(tmp_path / "root")]
         command += ["--port", port, "--endpoint-file", str(tmp_path / "endpoint")]
         done = subprocess.run(
-            command, env=plain_environment(), capture_output=True, text=True, timeout=120, check=False
+            command, env=plain_environment(), capture_output=True, text=True, timeout=PATIENCE_S, check=False
         )
     assert_refused(Ended(done.returncode, done.stdout + done.stderr), 4, f"port {port}", "in use", "--port 0")
     assert not (tmp_path / "endpoint").exists()
@@ -268,7 +269,8 @@ def test_a_bucket_that_is_closed_says_what_opens_it(folder, shards_in_bucket, fa
 
 def test_a_bucket_that_never_answers_is_given_up_within_the_deadline(folder, shards_in_bucket, fault_proxy):
     fault_proxy.inject("stall", times=-1)
-    ended = train(folder, "--data", shards_in_bucket, "--checkpoints", "gs://fake/x", "--resume", "auto", *GIVES_UP)
+    options = ("--data", shards_in_bucket, "--checkpoints", "gs://fake/x", "--resume", "auto", *GIVES_UP)
+    ended = train(folder, *options, "--storage.timeout_s", "0.3")
     assert_refused(ended, 4, "list gs://fake/x", "gave up after", "timed out", "storage.deadline_s")
     assert "step 1/" not in ended.output  # what can't be read is no reason to start afresh
 

@@ -21,7 +21,7 @@ from pretrain.shards import fetch_shards
 from pretrain.storage import open_store
 from pretrain.tokenizers import load_tokenizer
 from scripts import inspect_data, make_demo_data
-from tests.runs import ROOT, RUN, SEQ_LEN, VOCAB_SIZE, make_shards, plain_environment, tiny_config, train
+from tests.runs import PATIENCE_S, ROOT, RUN, SEQ_LEN, VOCAB_SIZE, make_shards, plain_environment, tiny_config, train
 
 GLOBAL_SIZE, SEED = 8, 1234
 VOCAB = 1000
@@ -203,7 +203,7 @@ def test_memory_does_not_grow_with_the_number_of_shards(tmp_path):
 def test_the_picture_and_the_help(demo, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "inspect_data.py")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
+    how = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": PATIENCE_S}
     run = subprocess.run([*command, "--stats", "--data", str(demo), "--save", "x.png"], **how)
     assert run.returncode == 0 and "written: x.png" in run.stdout, run.stderr
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from pretrain.errors import ConfigError
-from tests.runs import differing, final_state, losses, make_shards, plain_environment, tiny_config, train
+from tests.runs import PATIENCE_S, differing, final_state, losses, make_shards, plain_environment, tiny_config, train
 
 OUT_OF_MEMORY = """
 import sys, torch, train
@@ -51,7 +51,7 @@ def test_a_training_out_of_memory_names_the_setting_with_its_number(tmp_path: Pa
         env=plain_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == ConfigError.exit_code, done.stderr
     assert done.stderr.strip().splitlines()[-1] == (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import ROOT, RUN, TrainingProcess, make_shards, metrics, plain_environment, train
+from tests.runs import PATIENCE_S, ROOT, RUN, TrainingProcess, make_shards, metrics, plain_environment, train
 
 OPTIONS = ("--checkpoint.every_steps", "5", "--train.eval_interval", "6")
 
@@ -38,7 +38,7 @@ def place(tmp_path_factory, gcs):
 def ask(script, folder, *words, environment, code=0):
     """What a script prints, which must end with this code."""
     command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stderr if code else done.stdout
 

@@ -142,7 +142,7 @@ def test_a_host_that_is_killed_and_started_again_comes_back_into_the_run(nodes, 
         second.kill()
         one.until_said("restart 1 of 3")
         with second.start() as again:
-            codes = [process.wait(patience_s=200).code for process in (one, again)]
+            codes = [process.wait().code for process in (one, again)]
         assert two.process.wait() != 0
     assert codes == [0, 0], one.output + again.output
     assert "on host-" in one.output and "resumed checkpoint-" in one.output

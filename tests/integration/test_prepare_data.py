@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -45,11 +46,6 @@ def start(folder: Path, *arguments: object, failpoint: str = "") -> StartedProce
     return StartedProcess(folder, command(*arguments), environment)
 
 
-def until_stopped(process: StartedProcess) -> None:
-    """Wait until its failpoint has stopped the main process."""
-    process.until(lambda: psutil.Process(process.process.pid).status() == psutil.STATUS_STOPPED, "the failpoint")
-
-
 def run(folder: Path, *arguments: object) -> str:
     with start(folder, *arguments) as process:
         ended = process.wait()
@@ -84,7 +80,7 @@ def test_kills_and_workers_leave_no_trace_in_the_bytes(workers, source, prepared
             if some_parts:  # are done, perhaps nothing is cut yet
                 process.until(lambda: len(list(work.glob("parts/*.json"))) >= 2)
             else:
-                until_stopped(process)
+                process.until(process.is_stopped, "the failpoint")
             process.signal(signal.SIGKILL)
             process.until_all_gone()
         assert not (tmp_path / "out" / "metadata.json").exists()
@@ -124,7 +120,7 @@ def test_a_stop_signal_ends_it_in_order_and_the_same_command_goes_on(source, pre
 def test_a_worker_that_is_killed_is_an_error_and_the_next_start_goes_on(source, prepared, tmp_path):
     arguments = ("--input_dir", source, "--output_dir", "out", "--num_workers", 1, *OPTIONS)
     with start(tmp_path, *arguments, failpoint="prepare.after_journal:1:stop") as process:
-        until_stopped(process)  # units are left that the worker was not given yet
+        process.until(process.is_stopped, "the failpoint")  # units are left that the worker was not given yet
         [worker] = [
             child
             for child in psutil.Process(process.process.pid).children(recursive=True)
@@ -224,8 +220,11 @@ def test_a_ray_cluster_that_loses_a_worker_gives_the_same_bytes(source, prepared
     with StartedProcess(tmp_path, command(*arguments), environment) as process:
 
         def at_work() -> list[psutil.Process]:
-            children = psutil.Process(process.process.pid).children(recursive=True)
-            return [child for child in children if "ray::_do_remote" in " ".join(child.cmdline())]
+            found = []
+            for child in psutil.Process(process.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):  # of those that Ray starts some end at once
+                    found += [child] if "ray::_do_remote" in " ".join(child.cmdline()) else []
+            return found
 
         worker, *_ = process.until(at_work, "a worker")
         worker.kill()

@@ -14,6 +14,7 @@ from pretrain.trial import Moment, Trial
 from tests.runs import ROOT, make_shards, plain_environment, tiny_config
 
 SCRIPT = ROOT / "scripts" / "prove_resume.py"
+KILL = ("--kills", "1", "--steps", "16", "--seed", "9")  # before the half: a busy machine kills late
 
 
 def prove(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -29,7 +30,7 @@ def checks(printed: str) -> dict[str, float]:
 
 def test_a_killed_run_is_the_run_it_would_have_been(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    ended = prove(tmp_path, "--kills", "1", "--steps", "16", "--json", "--keep", str(kept))
+    ended = prove(tmp_path, *KILL, "--json", "--keep", str(kept))
     assert ended.returncode == 0, ended.stderr
     assert checks(ended.stdout) == {
         "kills": 1,
@@ -61,7 +62,7 @@ def test_a_resume_in_another_data_order_is_refused_and_told(tmp_path: Path, monk
     monkeypatch.setattr(Trial, "start", start_and_change_the_shards)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     config = str(tiny_config(tmp_path))
-    assert main(["--config", config, "--data", str(shards), "--kills", "1", "--steps", "16"]) == 5
+    assert main(["--config", config, "--data", str(shards), *KILL]) == 5
     error = capsys.readouterr().err
     assert "ended with exit code 5" in error
     assert "another data order" in error

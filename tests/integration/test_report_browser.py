@@ -14,6 +14,7 @@ import pytest
 from pretrain.metrics import Metrics
 from pretrain.report_page import page
 from pretrain.run_logs import RunLogs
+from tests.runs import PATIENCE_S
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -97,7 +98,7 @@ def everything(folder):
 
 def browse(path):
     command = [BROWSER, *OPTIONS.split(), f"--user-data-dir={path.parent / 'profile'}", path.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
 
 
 def read(path, runs):

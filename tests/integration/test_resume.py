@@ -91,12 +91,13 @@ def test_a_run_killed_on_two_ranks_under_zero_2_resumes_as_if_it_never_was(folde
     options = (*ZERO2_BF16, "--max-steps", "60", "--checkpoint.every_steps", "7")
     undisturbed = another(folder, "undisturbed")
     here = ("--checkpoints", f"{bucket_url}/killed", "--resume", "auto")
+    held = plain_environment(PRETRAIN_FAILPOINT="loop.before_step:25:hang")  # or it may be over before it is killed
     with (
         TrainingProcess(undisturbed, *options, "--checkpoints", f"{bucket_url}/alone", ranks=2) as alone,
-        TrainingProcess(folder, *options, *here, ranks=2) as training,
+        TrainingProcess(folder, *options, *here, ranks=2, environment=held) as training,
     ):
-        committed = training.until(lambda: commits(f"{bucket_url}/killed"), "a commit")[-1]
-        training.until_step(committed + 3)
+        training.until(lambda: commits(f"{bucket_url}/killed"), "a commit")
+        training.until_step(24)
         training.kill()
         assert training.process.returncode == -signal.SIGKILL
         left_alone = alone.wait()
@@ -259,26 +260,22 @@ def replace_an_object(url: str, step: int, scratch: Path) -> None:
 # an old attempt that wakes up when a new one has won: tests/chaos/test_writers.py in the ordinary suite
 @pytest.mark.parametrize("winner", ["first", pytest.param("second", marks=pytest.mark.slow)])
 def test_of_two_trainers_on_one_run_one_ends_it_and_the_other_stops(folder, bucket_url, winner):
-    # Each in turn is frozen where it is, so that who commits first is no matter of luck. With one checkpoint kept, the
-    # loser finds none of the steps that it would commit.
+    # Each in turn stands still, so that who commits first is no matter of luck. With one checkpoint kept, who is behind
+    # finds none of the steps that it would commit.
     options = ("--max-steps", "200", "--checkpoint.every_steps", "50", "--checkpoint.keep", "1", "--resume", "auto")
     options += ("--checkpoints", bucket_url)
     elsewhere = another(folder, "elsewhere")
-    with TrainingProcess(folder, *options) as first:
-        first.until(lambda: commits(bucket_url), "a commit")
-        first.freeze()
-        with TrainingProcess(elsewhere, *options) as second:
-            second.until_said("step ")  # it has found what there was
-            if winner == "first":
-                second.freeze()
-                first.thaw()
-                goes_on = first.wait()
-                second.thaw()
-                stops = second.wait()
-            else:
-                goes_on = second.wait()
-                first.thaw()
-                stops = first.wait()
+    committed = plain_environment(PRETRAIN_FAILPOINT="upload.after_commit:1:stop")
+    begun = plain_environment(PRETRAIN_FAILPOINT="loop.before_step:2:stop")
+    with TrainingProcess(folder, *options, environment=committed) as first:
+        first.until(first.is_stopped, "a commit")
+        with TrainingProcess(elsewhere, *options, environment=begun) as second:
+            second.until(second.is_stopped, "a step")  # it has found what there was
+            ahead, behind = (first, second) if winner == "first" else (second, first)
+            ahead.thaw()
+            goes_on = ahead.wait()
+            behind.thaw()
+            stops = behind.wait()
     assert goes_on.code == 0, goes_on.output
     assert stops.code == 5 and len(stops.errors) == 1 and "Traceback" not in stops.output, stops.output
     assert stops.errors[0].startswith("checkpoint error: somebody else is writing this run: ")

@@ -19,7 +19,7 @@ from pretrain.npz import read_npz
 from pretrain.shards import open_shards
 from pretrain.storage import open_store
 from tests.fault_proxy import FaultProxy
-from tests.runs import ROOT, SEQ_LEN, VOCAB_SIZE, TrainingProcess, losses, metrics, train
+from tests.runs import ROOT, SEQ_LEN, VOCAB_SIZE, TrainingProcess, losses, metrics, plain_environment, train
 
 GLOBAL_SIZE = 8
 N_SHARDS, TOKENS = 6, 1500
@@ -137,10 +137,13 @@ def test_killed_in_mid_epoch_with_shards_put_out_it_goes_on_bit_for_bit_and_fetc
     for folder in (whole, killed):
         folder.mkdir()
     assert train(whole, *options, ranks=ranks).code == 0
+    resumed = 0
     for step in kills:
-        with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks) as training:
+        held = plain_environment(PRETRAIN_FAILPOINT=f"loop.before_step:{step - resumed + 1}:hang")  # or it may be over
+        with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks, environment=held) as training:
             training.until_step(step)
             training.kill()
+        resumed = step // 10 * 10
     shutil.rmtree(killed / "cache")  # another machine
     fault_proxy.clear()
     with TrainingProcess(killed, *options, *BOUND, "--resume", "auto", ranks=ranks) as training:
@@ -168,11 +171,12 @@ def test_a_signal_ends_the_wait_for_a_silent_bucket_and_the_wait_is_in_the_metri
     run.mkdir()
     fault_proxy.inject("stall", match=SHARD, skip=3, times=-1)  # step 17 is the first to read of the fourth
     options = ("--data", shards_url, "--max-steps", "20", "--data.prefetch_shards", "0", "--data.shuffle_shards", "1")
+    options += ("--storage.timeout_s", "1000")  # the request does not end by itself
     with TrainingProcess(run, *options) as training:
         training.until_step(16)
         training.until(lambda: fault_proxy.broken, "a stalled download")
         training.signal(signal.SIGTERM)
-        ended = training.wait(50)  # a stalled request is given up after a minute
+        ended = training.wait()
     assert ended.code == 75, ended.output
     fault_proxy.clear()
     fault_proxy.inject("503", match=SHARD, times=1)  # and asked again, a moment later

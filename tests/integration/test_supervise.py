@@ -25,19 +25,25 @@ from tests.runs import (
     train,
 )
 
-HANG_TIMEOUT_S, STEPS = 8.0, 300  # no save of a busy machine takes so long
-OPTIONS = (
-    *("--engine", "native", "--checkpoint.every_steps", "20", "--resume", "auto"),
-    *("--max-steps", str(STEPS), "--train.hang_timeout_s", str(HANG_TIMEOUT_S)),
-)
+STEPS = 300
+OPTIONS = ("--engine", "native", "--checkpoint.every_steps", "20", "--resume", "auto", "--max-steps", str(STEPS))
+HANG_TIMEOUT_S = 8.0  # up to the first checkpoint: a whole run on a busy machine has steps that take longer
 
 
 class SupervisedTraining(StartedProcess):
-    """`python -m pretrain.supervise` around the launcher with two ranks of train.py."""
+    """`python -m pretrain.supervise` around the launcher with two ranks of train.py.
 
-    def __init__(self, folder: Path, *options: str, supervisor: tuple[str, ...] = ()) -> None:
+    Args:
+        hang_timeout_s: is in the config file, where another may take its place before the next start.
+    """
+
+    def __init__(
+        self, folder: Path, *options: str, supervisor: tuple[str, ...] = (), hang_timeout_s: float = 600.0
+    ) -> None:
+        config = tiny_config(folder)
+        config.write_text(config.read_text().replace("train: {", f"train: {{hang_timeout_s: {hang_timeout_s}, "))
         words = [sys.executable, "-m", "pretrain.supervise", "--backoff-s", "0.1", *supervisor, "--"]
-        words += [*launch_command(2), "--config", str(tiny_config(folder)), *OPTIONS, *options]
+        words += [*launch_command(2), "--config", str(config), *OPTIONS, *options]
         super().__init__(folder, words, plain_environment())
 
     def ranks(self) -> dict[int, psutil.Process]:
@@ -88,9 +94,10 @@ def assert_same_run(folder: Path, other: Path) -> None:
 
 
 def test_a_stopped_rank_is_noticed_and_the_run_ends_as_if_nothing_had_happened(folder, undisturbed):
-    with SupervisedTraining(folder) as training:
+    with SupervisedTraining(folder, hang_timeout_s=HANG_TIMEOUT_S) as training:
         ranks = training.until_ranks()
         training.until(lambda: list(folder.glob("checkpoints/*/checkpoint-*/manifest.json")), "the first checkpoint")
+        tiny_config(folder)  # the next start has the usual patience
         ranks[1].suspend()
         training.until_said("restart 1 of 3")
         assert not ranks[1].is_running()

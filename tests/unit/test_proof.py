@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from pretrain.batches import Batches, Position
 from pretrain.cache import Shard
-from pretrain.checkpoint import CheckpointReader
+from pretrain.checkpoint import CheckpointReader, retract_manifest, saving_folder
 from pretrain.config import BatchConfig, OptimConfig
 from pretrain.errors import CheckpointError
 from pretrain.model_config import FAMILIES, MODEL_SIZES, ModelConfig, model_problems
@@ -167,6 +168,18 @@ def test_runs_that_end_at_different_steps_are_not_compared(tmp_path: Path) -> No
         differing_tensors(left, right)
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         Trial(tmp_path / "c", "run", []).newest_commit()
+
+
+def test_a_save_that_a_kill_left_without_its_name_may_be_gone_on_from(tmp_path: Path) -> None:
+    trial = Trial(tmp_path, "run", [])
+    for step in (2, 4, 6):
+        state = json.dumps({"progress": {"position": dataclasses.asdict(Position(0, 0, step))}})
+        write_checkpoint(trial.checkpoints, step, step, documents={"trainer_state.json": state})
+    for step in (4, 6):
+        path = trial.checkpoints / f"checkpoint-epoch0-step{step}-files{step}"
+        path.rename(saving_folder(path))
+    retract_manifest(saving_folder(path))  # this one was not whole
+    assert trial._saved_positions() == {2: Position(0, 0, 2), 4: Position(0, 0, 4)}
 
 
 # ---- windows ----

@@ -19,11 +19,12 @@ from pretrain.raw_worker import RawWorker
 from tests.unit.test_raw_source import VOCAB_SIZE, data, texts  # noqa: F401 - fixtures
 
 STORAGE = StorageConfig(deadline_s=0.2, max_backoff_s=0.01)
+PATIENCE_S = 240
 HOW = {"vocab_size": VOCAB_SIZE, "may_be_larger": False, "rank": 0}
 
 
 def ended(worker: RawWorker) -> RawWorker:
-    worker._reader.join(60)
+    worker._reader.join(PATIENCE_S)
     assert not worker._reader.is_alive() and worker.claimed.is_set()
     return worker
 
@@ -40,20 +41,20 @@ def test_its_death_is_a_failure_and_its_end_by_its_parent_is_none(data, monkeypa
     data = dataclasses.replace(data, raw_shard_tokens=1000)
     for is_killed in (True, False):
         worker = RawWorker(data, STORAGE, **HOW)
-        assert worker.claimed.wait(60) and is_claimed(folder_of(data))
+        assert worker.claimed.wait(PATIENCE_S) and is_claimed(folder_of(data))
         process = psutil.Process(worker._process.pid)
         process.send_signal(signal.SIGTERM)  # to all processes of a job, say: it is not for this one to obey
         children = process.children(recursive=True)
         if is_killed:
             other = RawWorker(data, STORAGE, **HOW)  # of another run: it finds what is decided, and waits for the first
-            assert other.claimed.wait(60) and other.failure is None and other._process.poll() is None
+            assert other.claimed.wait(PATIENCE_S) and other.failure is None and other._process.poll() is None
             other.close()
             process.kill()
             assert isinstance(ended(worker).failure, StorageError)
             assert "was killed by SIGKILL. Start again" in str(worker.failure)
         worker.close()
         assert bool(worker.failure) == is_killed
-        assert not psutil.wait_procs(children, timeout=30)[1]
+        assert not psutil.wait_procs(children, timeout=PATIENCE_S)[1]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import pytest
 
 from pretrain.read_ahead import ReadAhead
 
+PATIENCE_S = 120
+
 
 def test_it_says_whether_the_next_is_there_and_gives_each_once():
     go = threading.Semaphore(0)
@@ -18,7 +20,7 @@ def test_it_says_whether_the_next_is_there_and_gives_each_once():
     stream = ReadAhead(take, 5, n_steps=2, interrupt=go.release)
     assert not stream.ready(0.01)
     go.release()
-    assert stream.ready(10) and stream.ready(0)
+    assert stream.ready(PATIENCE_S) and stream.ready(0)
     rows, position = next(stream)
     assert rows.tolist() == [5] and position == 6
     assert not stream.ready(0.01)
@@ -33,7 +35,7 @@ def test_an_error_is_there_too_and_is_raised_by_next():
         raise OSError("no disk")
 
     stream = ReadAhead(take, 0)
-    assert stream.ready(10)
+    assert stream.ready(PATIENCE_S)
     with pytest.raises(OSError, match="no disk"):
         next(stream)
     assert "read-ahead" not in {thread.name for thread in threading.enumerate()}

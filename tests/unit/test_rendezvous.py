@@ -73,7 +73,7 @@ def test_a_node_0_that_can_not_be_reached_is_one_line_and_exit_code_2(tmp_path, 
     options = "--rdzv_conf=join_timeout=5"
     with node(tmp_path, 1, free_port(), address=address, options=options) as process:
         code, lines = ended(process)
-    assert code == 2 and time.monotonic() - started < 60
+    assert code == 2 and time.monotonic() - started < PATIENCE_S < MEET_S
     assert len(lines) == 1 and f"the nodes could not meet at {address}:" in lines[0]
     assert "node 0 can't be reached" in lines[0] and words in lines[0] and "MASTER_ADDR" in lines[0]
 

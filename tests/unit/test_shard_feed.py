@@ -431,6 +431,7 @@ def test_no_shard_takes_room_that_an_earlier_one_needs(source, data, monkeypatch
     for index in range(4):
         other.shards[index].tokens()
     bucket, found = opened(source, data)
+    monkeypatch.setattr(shard_feed, "ROOM_PATIENCE_S", 1000.0)  # then the bound would give way
     refused, set_aside = [], Room.set_aside
 
     def watched(room, *arguments, **options):
