@@ -1,9 +1,9 @@
 """Look at the checkpoints of all runs, on this machine and in the bucket.
 
     python scripts/checkpoint_viewer.py list
-    python scripts/checkpoint_viewer.py view latest --run test
+    python scripts/checkpoint_viewer.py view --run test
     python scripts/checkpoint_viewer.py compare checkpoint-epoch0-step50-files5 checkpoint-epoch0-step100-files10
-    python scripts/checkpoint_viewer.py plot latest --save curves.png
+    python scripts/checkpoint_viewer.py plot --save curves.png
     python scripts/checkpoint_viewer.py verify --url gs://bucket/Checkpoints
     python scripts/checkpoint_viewer.py clean --delete
 
@@ -66,12 +66,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     listing = add("list", list_checkpoints, "a table of all checkpoints")
     listing.add_argument("--no_verify", action="store_true", help="don't read the files to verify them")
-    add("view", view, "everything that a checkpoint says of itself").add_argument("checkpoint", metavar="NAME")
+    viewing = add("view", view, "everything that a checkpoint says of itself")
     compare_ = add("compare", compare, "checkpoints side by side: figures, settings, weights layer by layer")
     compare_.add_argument("checkpoints", metavar="NAME", nargs="+")
     compare_.add_argument("--parameters", action="store_true", help="show each parameter rather than each layer")
     plotting = add("plot", plot, "loss and learning rate over all restarts, as text or as a picture")
-    plotting.add_argument("checkpoint", metavar="NAME")
+    for command in (viewing, plotting):
+        command.add_argument("checkpoint", metavar="NAME", nargs="?", default="latest", help="latest, if left out")
     plotting.add_argument("--save", type=Path, metavar="PNG", help="write a picture instead of drawing on the terminal")
     verifying = add("verify", verify, "compare every file with its manifest; exit 5 if any is damaged")
     verifying.add_argument("checkpoint", metavar="NAME", nargs="?", help="all that are committed, if left out")

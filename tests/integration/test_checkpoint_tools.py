@@ -252,8 +252,8 @@ def test_a_real_run_that_lost_its_bucket_is_uploaded_by_hand_and_resumed_from_th
     assert [row[:2] for row in listed(capsys, bucket_url)] == [(5, "bucket"), (10, "bucket"), (12, "bucket")]
     more = ("--checkpoints", bucket_url, "--resume", "auto", "--max-steps", "14")
     assert train(tmp_path, *more).code == 0
-    assert checkpoint_viewer.main(["view", "latest"]) == 0
+    assert checkpoint_viewer.main(["view"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"step +14\n", text) and re.search(r"engine +native\n", text)
-    code, found, _ = run_json(checkpoint_viewer, capsys, "plot", "latest")
+    code, found, _ = run_json(checkpoint_viewer, capsys, "plot")
     assert code == 0 and found["curve"]["restarts"] == [12] and found["curve"]["steps"][-1] == 14
