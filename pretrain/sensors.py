@@ -6,8 +6,10 @@ What a device doesn't tell is None, never a guess. Sizes are in GB of 10^9 bytes
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 GB = 1e9
 POWERCAP = Path("/sys/class/powercap")
+SLOW_S = 1.0  # between two looks at what moves slowly: each opens a dozen of the kernel's files
 # nvml.h, nvmlClocksEventReasons; idle clocks, and clocks that somebody has set, are left out: they are no throttling
 THROTTLES = {
     0x004: "sw_power_cap",
@@ -138,9 +141,13 @@ class CpuSensors:
 
     Args:
         powercap: where the kernel shows RAPL's energy counters; often root alone may read them.
+        clock: seconds from anywhere, monotonic.
     """
 
-    def __init__(self, powercap: Path = POWERCAP) -> None:
+    def __init__(self, powercap: Path = POWERCAP, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looked_s = -math.inf
+        self._slow = Reading("cpu")
         self._counters = _package_counters(powercap)
         self._last_uj = [0] * len(self._counters)
         self._energy_j = 0.0
@@ -150,18 +157,10 @@ class CpuSensors:
         psutil.cpu_percent(None)  # the first call only begins the period
 
     def read(self) -> list[Reading]:
-        """One reading, of all packages together."""
-        sensors = (_told(psutil.sensors_temperatures) if psutil.LINUX else None) or {}
-        temperatures = [*sensors.get("coretemp", []), *sensors.get("k10temp", [])]  # Intel's, AMD's
-        frequency = _told(psutil.cpu_freq)
-        reading = Reading(
-            "cpu",
-            utilization=psutil.cpu_percent(None),
-            temperature_c=max((each.current for each in temperatures), default=None),
-            sm_clock_mhz=frequency.current if frequency else None,
-            energy_j=self._count(),
-        )
-        return [reading]
+        """One reading, of all packages together; temperature and clock are up to a second old."""
+        if self._clock() - self._looked_s >= SLOW_S:
+            self._looked_s, self._slow = self._clock(), _slow_reading()
+        return [replace(self._slow, utilization=psutil.cpu_percent(None), energy_j=self._count())]
 
     def _count(self) -> float | None:
         """Joules since the first call, of all packages; None where they can't be read."""
@@ -175,6 +174,15 @@ class CpuSensors:
             self._energy_j += (now - last + (range_uj if now < last else 0)) / 1e6  # the counter goes round
         self._last_uj = now_uj
         return self._energy_j
+
+
+def _slow_reading() -> Reading:
+    """The hottest core or package, and the mean clock of the cores."""
+    sensors = (_told(psutil.sensors_temperatures) if psutil.LINUX else None) or {}
+    temperatures = [*sensors.get("coretemp", []), *sensors.get("k10temp", [])]  # Intel's, AMD's
+    frequency = _told(psutil.cpu_freq)
+    hottest = max((each.current for each in temperatures), default=None)
+    return Reading("cpu", temperature_c=hottest, sm_clock_mhz=frequency.current if frequency else None)
 
 
 def _told(ask: Callable[[], Any]) -> Any:

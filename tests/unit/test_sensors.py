@@ -170,6 +170,17 @@ def test_a_machine_without_thermometers_and_clocks_leaves_them_unknown(monkeypat
     assert (reading.temperature_c, reading.sm_clock_mhz, reading.throttle) == (None, None, None)
 
 
+def test_temperature_and_clock_of_a_cpu_are_asked_once_a_second(monkeypatch, tmp_path) -> None:
+    now, clocks = [100.0], iter([1000.0, 2000.0])
+    monkeypatch.setattr(psutil, "sensors_temperatures", dict)
+    monkeypatch.setattr(psutil, "cpu_freq", lambda: types.SimpleNamespace(current=next(clocks)))
+    cpu = CpuSensors(tmp_path, clock=lambda: now[0])
+    told = []
+    for now[0] in (100.0, 100.5, 100.9, 101.0, 101.9):
+        told.append(cpu.read()[0].sm_clock_mhz)
+    assert told == [1000.0, 1000.0, 1000.0, 2000.0, 2000.0]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_real_gpu_is_read() -> None:
