@@ -32,20 +32,37 @@ def speed_section(results: Path) -> str:
         peers = [peer for peer in TITLES if any(peer in row.get("peers", {}) for row in rows.values())]
         lines += [f"| {path.parent.name} | tokens/s | of matrix rate | {' | '.join(TITLES[p] for p in peers)} |"]
         lines += ["|---" * (3 + len(peers)) + "|"]
-        lines += [_row(key, row, peers) for key, row in rows.items()]
-        missed = [f"{c['name']} {c['value']:g} (goal {c['goal']:g})" for c in tree["checks"] if not c["passed"]]
-        lines += ["", f"Missed: {', '.join(missed)}." if missed else "Every goal of what is in the table was met.", ""]
+        goals = {check["name"]: check for check in tree["checks"]}
+        lines += [_row(key, row, peers, goals) for key, row in rows.items()]
+        lines += ["", _missed(goals), ""]
     if not lines:
         lines = ["Nothing was measured on a quiet machine yet.", ""]
     return "\n".join([BEGIN, *lines[:-1], END])
 
 
-def _row(key: str, row: dict[str, Any], peers: Sequence[str]) -> str:
+def _row(key: str, row: dict[str, Any], peers: Sequence[str], goals: dict[str, Any]) -> str:
+    def marked(text: str, name: str) -> str:
+        goal = goals.get(f"{key.replace(' ', '_')}_{name}", {"passed": True})
+        return text if goal["passed"] else f"{text} \\*"
+
+    def ratio(peer: str, flags: str) -> str:
+        return marked(f"{row['peers'][peer][flags]['ours_is_faster']:.2f}", f"over_{peer}_{flags}")
+
     ratios = [
-        f"{found['documented']['ours_is_faster']:.2f} / {found['best']['ours_is_faster']:.2f}" if found else "–"
-        for found in (row.get("peers", {}).get(peer) for peer in peers)
+        f"{ratio(peer, 'documented')} / {ratio(peer, 'best')}" if peer in row.get("peers", {}) else "–" for peer in peers
     ]
-    return f"| {key} | {row['tokens_per_second']:,.0f} | {row['of_matrix_rate']:.0%} | {' | '.join(ratios)} |"
+    speed = marked(f"{row['tokens_per_second']:,.0f}", "speed")
+    rate = marked(f"{row['of_matrix_rate']:.0%}", "of_matrix_rate")
+    return f"| {key} | {speed} | {rate} | {' | '.join(ratios)} |"
+
+
+def _missed(goals: dict[str, Any]) -> str:
+    """How many goals were missed, and what the goals are."""
+    missed = [check for check in goals.values() if not check["passed"]]
+    if not missed:
+        return "Every goal of what is in the table was met."
+    bounds = sorted({f"{check['goal']:,g} {check['unit']}" for check in missed})
+    return f"\\* misses its goal ({', '.join(bounds)}), as {len(missed)} of {len(goals)} do."
 
 
 def rewritten(text: str, section: str) -> str:
