@@ -45,12 +45,12 @@ def _row(key: str, row: dict[str, Any], peers: Sequence[str], goals: dict[str, A
         goal = goals.get(f"{key.replace(' ', '_')}_{name}", {"passed": True})
         return text if goal["passed"] else f"{text} \\*"
 
-    def ratio(peer: str, flags: str) -> str:
-        return marked(f"{row['peers'][peer][flags]['ours_is_faster']:.2f}", f"over_{peer}_{flags}")
+    beside = row.get("peers", {})
 
-    ratios = [
-        f"{ratio(peer, 'documented')} / {ratio(peer, 'best')}" if peer in row.get("peers", {}) else "–" for peer in peers
-    ]
+    def ratio(peer: str, flags: str) -> str:
+        return marked(f"{beside[peer][flags]['ours_is_faster']:.2f}", f"over_{peer}_{flags}")
+
+    ratios = [f"{ratio(peer, 'documented')} / {ratio(peer, 'best')}" if peer in beside else "–" for peer in peers]
     speed = marked(f"{row['tokens_per_second']:,.0f}", "speed")
     rate = marked(f"{row['of_matrix_rate']:.0%}", "of_matrix_rate")
     return f"| {key} | {speed} | {rate} | {' | '.join(ratios)} |"
