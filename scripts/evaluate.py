@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ OF_SOURCE: dict[str, dict[str, Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it
     options = parse(argv)
     console = Console(stderr=options.json, highlight=False, emoji=False, markup=False, soft_wrap=True)
     try:

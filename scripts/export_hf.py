@@ -18,11 +18,14 @@ Exit codes: 0 done, 2 wrong settings or a model that transformers has no class f
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it, and before torch is loaded
 
 from pretrain.checks import Check, publish
 from pretrain.errors import TrainerError

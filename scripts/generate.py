@@ -24,6 +24,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as train.py has it, and before torch is loaded
+
 from pretrain.engine.base import PRECISION_DTYPES
 from pretrain.errors import EXIT_DONE, ConfigError, TrainerError
 from pretrain.generation import Sampling, end_of_text, prompt_ids
