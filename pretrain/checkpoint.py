@@ -148,6 +148,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} is no committed checkpoint: {path.name}: {error.strerror}") from error
 
 
+def whole_saves(folder: Path) -> list[Manifest]:
+    """Of the saves in a run's folder that a kill left whole and without their name, which the next start gives them."""
+    found = []
+    for saving in folder.glob(f".checkpoint-*{SAVING_SUFFIX}"):
+        with suppress(CheckpointError):  # it is not whole
+            found.append(read_manifest(saving))
+    return found
+
+
 def damaged_files(manifest: Manifest, folder: Path) -> list[str]:
     """Each file of the manifest that is missing or differs in size or checksum, with what was found."""
     problems = []

@@ -10,14 +10,12 @@ from typing import Any
 
 from pretrain import log
 from pretrain.checkpoint import (
-    SAVING_SUFFIX,
     put_in_place,
-    read_manifest,
     replaced_folder,
     retract_manifest,
     saving_folder,
+    whole_saves,
 )
-from pretrain.checkpoint_manifest import Manifest
 from pretrain.discovery import take_inventory
 from pretrain.errors import CheckpointError, StorageError
 from pretrain.files import make_writable
@@ -81,12 +79,7 @@ def finish_saves(ranks: Ranks, folder: Path, keeps_disk: bool) -> list[Path]:
     Raises:
         StorageError: a folder can't be renamed; on every rank.
     """
-    whole: list[Manifest] = []
-    for saving in folder.glob(f".checkpoint-*{SAVING_SUFFIX}") if keeps_disk else ():
-        try:
-            whole.append(read_manifest(saving))
-        except CheckpointError:  # it was not: swept
-            continue
+    whole = whole_saves(folder) if keeps_disk else []
     named = take_inventory(folder, None, folder.name).local.values() if keeps_disk else ()
     have = [list(identity(manifest)) for manifest in (*whole, *named)]
     answers = [answer["have"] for answer in ranks.exchange({"have": have})]

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from pretrain.batches import Position
-from pretrain.checkpoint import SAVING_SUFFIX, read_manifest
+from pretrain.checkpoint import saving_folder, whole_saves
 from pretrain.checkpoint_manifest import Manifest
 from pretrain.discovery import take_inventory
 from pretrain.errors import EXIT_DONE, CheckpointError, TrainerError
@@ -187,13 +187,14 @@ class Trial:
     def _saved_positions(self) -> dict[int, Position]:
         """Where the checkpoints on this machine stand, as they say themselves; also those that a kill left whole and
         without their name, which the next start gives them."""
+        named = take_inventory(self.checkpoints, None, self.name).local
+        folders = {name: self.checkpoints / str(name) for name in named}
+        for manifest in whole_saves(self.checkpoints):
+            folders[manifest.name] = saving_folder(self.checkpoints / str(manifest.name))
         found = {}
-        for pattern in ("checkpoint-*", f".checkpoint-*{SAVING_SUFFIX}"):
-            for folder in self.checkpoints.glob(pattern):
-                with contextlib.suppress(CheckpointError):  # it is not whole, and nobody goes on from it
-                    step = read_manifest(folder).name.step
-                    state = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
-                    found[step] = position_from(state["progress"]["position"])
+        for name, folder in folders.items():
+            state = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+            found[name.step] = position_from(state["progress"]["position"])
         return found
 
     def _last_words(self) -> str:

@@ -27,8 +27,8 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from pretrain.checkpoint import SAVING_SUFFIX, read_manifest
-from pretrain.checkpoint_manifest import MANIFEST_FILE, Manifest
+from pretrain.checkpoint import whole_saves
+from pretrain.checkpoint_manifest import Manifest
 from pretrain.discovery import damaged_objects, take_inventory
 from pretrain.uploads import list_commits
 from tests.chaos.score import Score
@@ -121,8 +121,7 @@ class Chain:
         the next start gives it; 0 where there is none."""
         folder = self.folder / "checkpoints" / RUN
         inventory = take_inventory(folder, store_of(self.url) if self.url else None, RUN)
-        saved = [read_manifest(path.parent) for path in folder.glob(f".*{SAVING_SUFFIX}/{MANIFEST_FILE}")]
-        found = [*saved, *(manifest for manifest, _ in inventory.newest_first())]
+        found = [*whole_saves(folder), *(manifest for manifest, _ in inventory.newest_first())]
         return max(((manifest.sequence, manifest.name.step) for manifest in found), default=(0, 0))[1]
 
     @property
