@@ -158,8 +158,9 @@ class CpuSensors:
 
     def read(self) -> list[Reading]:
         """One reading, of all packages together; temperature and clock are up to a second old."""
-        if self._clock() - self._looked_s >= SLOW_S:
-            self._looked_s, self._slow = self._clock(), _slow_reading()
+        now_s = self._clock()
+        if now_s - self._looked_s >= SLOW_S:
+            self._looked_s, self._slow = now_s, _slow_reading()
         return [replace(self._slow, utilization=psutil.cpu_percent(None), energy_j=self._count())]
 
     def _count(self) -> float | None:
